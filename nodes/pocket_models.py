@@ -1,0 +1,102 @@
+"""Pocket as ComfyUI's own classes at small sizes: the one place that knows their constructor arguments."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+import comfy.clip_vision
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.supported_models
+import comfy.supported_models_base
+import torch
+from comfy.clip_model import CLIPTextModel, CLIPVisionModelProjection
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
+
+from ..training import artefact
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+WIDTH = 128
+VOCABULARY = 49408  # of ComfyUI's CLIP tokenizer
+
+_VAE_PART = {
+    "double_z": True, "z_channels": 4, "resolution": 128, "in_channels": 3, "out_ch": 3, "num_res_blocks": 0,
+    "attn_resolutions": [], "dropout": 0.0, "resamp_with_conv": True,
+}  # fmt: skip
+VAE_PARAMS = {
+    "embed_dim": 4,
+    "ddconfig": {**_VAE_PART, "ch": 64, "ch_mult": [1, 1, 1, 1]},
+    "decoder_ddconfig": {**_VAE_PART, "ch": 32, "ch_mult": [1, 1, 2, 4]},
+}
+VAE_NORM_GROUPS = 8  # with ComfyUI's 32, a norm of 32 channels would be instance norm, which forgets absolute colour
+
+TEXT_CONFIG = {
+    "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 4 * WIDTH,
+    "hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407,
+}  # fmt: skip
+VISION_CONFIG = {
+    "hidden_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 4 * WIDTH,
+    "hidden_act": "quick_gelu", "num_channels": 3, "patch_size": 16, "image_size": 128, "projection_dim": WIDTH,
+    "model_type": "clip_vision_model",
+}  # fmt: skip
+
+
+def unet_config(attention: str) -> dict:
+    """`small`: attention at 4x4 only, where training begins. `full`: also at 8x8 and in the last block at 16x16."""
+    depth, output = {"small": ([0, 0, 1], [0, 0, 0, 0, 1, 1]), "full": ([0, 1, 1], [1, 0, 1, 1, 1, 1])}[attention]
+    return {
+        "image_size": 16, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1, 1, 1],
+        "channel_mult": [1, 2, 2], "transformer_depth": depth, "transformer_depth_output": output,
+        "transformer_depth_middle": 1, "num_head_channels": 32, "num_heads": -1, "use_spatial_transformer": True,
+        "context_dim": WIDTH, "use_linear_in_transformer": False, "legacy": False, "conv_resample": True,
+    }  # fmt: skip
+
+
+class PocketLatent(comfy.latent_formats.LatentFormat):
+    """4 channels of mean 0 and variance 1 (the VAE whitens them); the factors make ComfyUI's live previews."""
+
+    scale_factor = 1.0
+
+
+class Pocket(comfy.supported_models.SD15):
+    """Stable Diffusion 1.5's structure at Pocket's size."""
+
+    unet_extra_config: dict = {}
+    latent_format = PocketLatent
+
+
+# The bare networks, weights not initialised: what `dev.py pocket` trains.
+
+
+def vae_module() -> torch.nn.Module:
+    return _regroup(AutoencoderKL(**VAE_PARAMS))
+
+
+def text_module() -> torch.nn.Module:
+    return CLIPTextModel(TEXT_CONFIG, torch.float32, "cpu", comfy.ops.disable_weight_init)
+
+
+def vision_module() -> torch.nn.Module:
+    return CLIPVisionModelProjection(VISION_CONFIG, torch.float32, "cpu", comfy.ops.disable_weight_init)
+
+
+def unet_module(attention: str) -> torch.nn.Module:
+    return UNetModel(**unet_config(attention), operations=comfy.ops.disable_weight_init)
+
+
+def tokenizer() -> SDTokenizer:
+    return SDTokenizer(embedding_size=WIDTH)
+
+
+def _regroup(vae: torch.nn.Module) -> torch.nn.Module:
+    for m in vae.modules():
+        if isinstance(m, torch.nn.GroupNorm):
+            m.num_groups = VAE_NORM_GROUPS
+    return vae
