@@ -2,11 +2,14 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import pocket
+from . import compare, embedding, generate, pocket, progress, train_embedding
 
-FAMILIES = (pocket,)
+FAMILIES = (pocket, generate, train_embedding, embedding, compare)
 
 
 class Counterpoint(ComfyExtension):
+    async def on_load(self) -> None:
+        progress.register_routes()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for family in FAMILIES for node in family.NODES]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-import logging
+import json
 from pathlib import Path
 
 import comfy.clip_vision
@@ -14,6 +15,7 @@ import comfy.ops
 import comfy.sd
 import comfy.supported_models
 import comfy.supported_models_base
+import folder_paths
 import torch
 from comfy.clip_model import CLIPTextModel, CLIPVisionModelProjection
 from comfy.ldm.models.autoencoder import AutoencoderKL
@@ -21,6 +23,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 
 from ..training import artefact
+from ..training.pocket.judge import Judge
+from ..training.pocket.world import VERSION
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 WIDTH = 128
@@ -60,7 +64,7 @@ def unet_config(attention: str) -> dict:
 
 
 class PocketLatent(comfy.latent_formats.LatentFormat):
-    """4 channels of mean 0 and variance 1 (the VAE whitens them); the factors make ComfyUI's live previews."""
+    """4 channels of mean 0 and variance 1: the VAE whitens them."""
 
     scale_factor = 1.0
 
@@ -70,6 +74,7 @@ class Pocket(comfy.supported_models.SD15):
 
     unet_extra_config: dict = {}
     latent_format = PocketLatent
+    native_size = 128
 
 
 # The bare networks, weights not initialised: what `dev.py pocket` trains.
@@ -100,3 +105,78 @@ def _regroup(vae: torch.nn.Module) -> torch.nn.Module:
         if isinstance(m, torch.nn.GroupNorm):
             m.num_groups = VAE_NORM_GROUPS
     return vae
+
+
+# The shipped weights in ComfyUI's own wrappers: what the canvas gets.
+
+
+def read_part(part: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Weights (float32) and metadata of models/pocket-<part>.safetensors, of this version of the world only."""
+    file = MODELS / f"pocket-{part}.safetensors"
+    if not file.exists():
+        raise FileNotFoundError(f"{file.name} is missing from the pack's models folder: install the pack again, or run `python dev.py pocket`.")
+    tensors, metadata = artefact.read(file)
+    if metadata.get("pocket_version") != VERSION:
+        raise ValueError(
+            f"{file.name} belongs to world {metadata.get('pocket_version')!r} of Pocket and this pack has world {VERSION!r}: install the pack again."
+        )
+    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, metadata
+
+
+def load_model(disable_dynamic: bool = False):
+    """Pocket's UNet as a MODEL."""
+    weights, metadata = read_part("unet")
+    config = Pocket(unet_config("full"))
+    config.set_inference_dtype(torch.float32, None)
+    factors = json.loads(read_part("vae")[1]["preview_factors"])
+    config.latent_format.latent_rgb_factors, config.latent_format.latent_rgb_factors_bias = factors[:-1], factors[-1]
+    model = config.get_model({}, "", device=comfy.model_management.unet_offload_device())
+    model.load_model_weights(weights, "")
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=comfy.model_management.get_torch_device(), offload_device=comfy.model_management.unet_offload_device())
+    patcher.cached_patcher_init = (load_model, ())
+    return patcher
+
+
+def load_clip():
+    """Pocket's text tower as a CLIP. Words outside the grammar get the mean of the words inside."""
+    weights, _ = read_part("text")
+    rows, ids = weights.pop("token_rows"), weights.pop("token_ids").long()
+    table = rows.mean(0).expand(VOCABULARY, -1).clone()
+    table[ids] = rows
+    weights["text_model.embeddings.token_embedding.weight"] = table
+    target = comfy.supported_models_base.ClipTarget(
+        functools.partial(SD1Tokenizer, tokenizer=functools.partial(SDTokenizer, embedding_size=WIDTH)),
+        functools.partial(SD1ClipModel, clip_model=SDClipModel),  # its pooled output is projected, as the vision tower's
+    )
+    return comfy.sd.CLIP(
+        target,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        model_options={"clip_l_model_config": dict(TEXT_CONFIG), "dtype": torch.float32},
+        state_dict={f"clip_l.transformer.{k}": v for k, v in weights.items()},
+    )
+
+
+def load_vae():
+    """Pocket's autoencoder as a VAE."""
+    weights, _ = read_part("vae")
+    vae = comfy.sd.VAE(sd=weights, config={"params": copy.deepcopy(VAE_PARAMS)}, dtype=torch.float32)
+    _regroup(vae.first_stage_model)
+    return vae
+
+
+def load_vision():
+    """Pocket's vision tower as a CLIP_VISION."""
+    weights, _ = read_part("vision")
+    vision = comfy.clip_vision.ClipVisionModel(dict(VISION_CONFIG))
+    missing, unexpected = vision.load_sd(weights)
+    if missing or unexpected:
+        raise ValueError(f"pocket-vision.safetensors does not fit this ComfyUI's CLIP vision model (missing {missing}, unexpected {unexpected}).")
+    return vision
+
+
+def load_judge() -> Judge:
+    weights, _ = read_part("judge")
+    judge = Judge()
+    judge.load_state_dict(weights)
+    return judge.eval().requires_grad_(False)

@@ -25,8 +25,8 @@ from ..training import artefact
 from ..training.loop import train
 from ..training.pocket import clip, grammar, judge, pictures, unet, vae
 from ..training.pocket.fit import Fit, initialise, processes, rank
-from ..training.pocket.sheet import save_sheet
 from ..training.run import Run
+from ..training.sheet import save_sheet
 from . import pocket_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,7 +113,15 @@ def train_vae(folder: Path) -> None:
                                    warmup=50, decay=1.0, ema=0.99), {"batch": 2})  # fmt: skip
     report_vae(folder, module, "vae-decoder")
     if rank() == 0:
-        ship("vae", half(module.state_dict()))
+        ship("vae", half(module.state_dict()), preview_factors=preview_factors(vae.encode(module, images[:500]), images[:500]))
+
+
+def preview_factors(latents: torch.Tensor, images: torch.Tensor) -> list[list[float]]:
+    """(4 + 1, 3): what ComfyUI's live previews multiply latents with to see colours in -1..1; the last row is the bias."""
+    colours = torch.nn.functional.avg_pool2d(images.float() / 127.5 - 1, 8).permute(0, 2, 3, 1).reshape(-1, 3)
+    flat = latents.permute(0, 2, 3, 1).reshape(-1, 4)
+    known = torch.cat([flat, torch.ones(len(flat), 1)], 1)
+    return [[round(v, 4) for v in row] for row in torch.linalg.lstsq(known, colours).solution.tolist()]
 
 
 def report_vae(folder: Path, module: torch.nn.Module, name: str) -> None:
@@ -177,7 +185,7 @@ class Words:
         self.start, self.end, self.row = row[start], row[end], row
         self.empty = torch.tensor([self.start] + [self.end] * (self.LENGTH - 1), dtype=torch.int16)
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - one instance per process
+    @functools.cache  # noqa: B019 - one instance per process
     def _tokens(self, piece: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.tokenizer(piece)["input_ids"][1:-1])
 

@@ -1,0 +1,265 @@
+"""ComfyUI's MODEL and CLIP as what trainers see of them, and the identity of both."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+
+import comfy.model_management
+import comfy.supported_models
+import torch
+
+from ..training.embedding import Embedding
+from ..training.protocols import Conditioning, Vectors
+
+TOKEN = "{token}"  # stands for the vectors in captions and templates
+
+
+@contextlib.contextmanager
+def training_mode() -> Iterator[None]:
+    """Leave the executor's inference mode; make ComfyUI's in-place residuals and rope differentiable.
+
+    For synchronous `execute` only: the flags belong to the thread.
+    """
+    before = comfy.model_management.in_training
+    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
+        comfy.model_management.in_training = True
+        try:
+            yield
+        finally:  # an interruption is a BaseException
+            comfy.model_management.in_training = before
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """An ordinary copy of a tensor that was made under inference mode."""
+    return tensor.detach().clone()
+
+
+def private_model(model):
+    """A MODEL of our own with ordinary weights, its patches kept, not streamed. Call under `training_mode`."""
+    if model.cached_patcher_init is not None:
+        return model.clone(disable_dynamic=True, force_deepcopy=True)
+    base = model.model  # a loader that left no factory: a new shell around copies of the networks
+    shell = copy.copy(base)
+    shell._parameters, shell._buffers = dict(base._parameters), dict(base._buffers)
+    shell._modules = {name: copy.deepcopy(child) for name, child in base._modules.items()}
+    shell.current_patcher = None
+    for name in ("dynamic_vbars", "dynamic_pins", "dynamic_patchers"):
+        shell.__dict__.pop(name, None)
+    shell.model_loaded_weight_memory, shell.current_weight_patches_uuid = 0, None
+    return model.clone(model_override=(shell, ({}, {}, {}, set())))
+
+
+def private_clip(clip):
+    """A CLIP of our own with ordinary weights, its patches kept. Call under `training_mode`."""
+    module = copy.deepcopy(clip.cond_stage_model)
+    own = clip.clone()
+    own.patcher = clip.patcher.clone(model_override=(module, ({}, {}, {}, set())))
+    own.cond_stage_model = module
+    return own
+
+
+class ComfyDenoiser:
+    """Any ComfyUI MODEL as a Denoiser: pooled vectors, sizes and guidance come from core's own `extra_conds`."""
+
+    def __init__(self, model):
+        """`model` is a private copy, already loaded."""
+        self.base, self.device = model.model, model.load_device
+        self.base.requires_grad_(False)
+        self.sampling = self.base.model_sampling
+
+    def sigmas(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        time = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+        return torch.tensor([float(self.sampling.percent_to_sigma(t)) for t in time.clamp(1e-6, 1 - 1e-6).tolist()])
+
+    def snr(self, sigma: torch.Tensor) -> torch.Tensor:
+        one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
+        signal = self.sampling.noise_scaling(sigma, zero.clone(), one.clone())
+        return (signal / self.sampling.noise_scaling(sigma, one.clone(), zero.clone())) ** 2
+
+    def error(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        noisy = self.sampling.noise_scaling(sigma.view(-1, *[1] * (latents.ndim - 1)), noise, latents)
+        denoised = self.base.apply_model(noisy, sigma, transformer_options={}, **self._conditions(noisy, cond))
+        # Every parameterisation is linear in what the network says; its slope turns an error of x0 into one of its own.
+        unit = torch.ones_like(sigma)
+        slope = self.sampling.calculate_denoised(sigma, unit, torch.zeros_like(unit))
+        return (denoised - latents) / slope.view(-1, *[1] * (latents.ndim - 1))
+
+    def _conditions(self, noisy: torch.Tensor, cond: Conditioning) -> dict:
+        scale = self.base.latent_format.spacial_downscale_ratio
+        facts = {"width": noisy.shape[-1] * scale, "height": noisy.shape[-2] * scale, "prompt_type": "positive"}
+        if cond.pooled is not None:
+            facts["pooled_output"] = cond.pooled
+        made = self.base.extra_conds(cross_attn=cond.states, noise=noisy, device=self.device, **facts)
+        return {k: v.process_cond(batch_size=len(noisy), area=None, device=self.device).cond for k, v in made.items()}
+
+
+class ComfyTextEncoder:
+    """Any ComfyUI CLIP as a TextEncoder. Equal captions with the same vectors are encoded once."""
+
+    def __init__(self, clip, name: str = "the-word-being-learned"):
+        """`clip` is a private copy."""
+        self.clip, self.name = clip, name
+        clip.cond_stage_model.requires_grad_(False)
+
+    def encode(self, captions: list[str], vectors: list[Vectors]) -> Conditioning:
+        distinct, rows = {}, []
+        for caption, leaves in zip(captions, vectors, strict=True):
+            rows.append(distinct.setdefault((caption, id(leaves)), (len(distinct), caption, leaves))[0])
+        made = [self._encode_one(caption, leaves) for _, caption, leaves in distinct.values()]
+        longest = max(states.shape[1] for states, _ in made)
+        states = torch.cat([self._lengthen(states, longest) for states, _ in made])
+        pooled = None if made[0][1] is None else torch.cat([p for _, p in made])
+        return Conditioning(states, pooled).expand(rows)
+
+    def _encode_one(self, caption: str, leaves: Vectors):
+        clip = with_embeddings(self.clip, {self.name: leaves})
+        tokens = clip.tokenize(spell(caption, self.name))
+        return clip.encode_from_tokens(tokens, return_pooled=True)
+
+    @staticmethod
+    def _lengthen(states: torch.Tensor, longest: int) -> torch.Tensor:
+        """As core does for cross-attention: whole repeats change nothing; anything else is refused."""
+        if longest % states.shape[1]:
+            raise ValueError(
+                f"The captions become {states.shape[1]} and {longest} tokens long, which cannot share a batch: shorten the longest."
+            )
+        return states.repeat(1, longest // states.shape[1], 1)
+
+
+def spell(caption: str, name: str) -> str:
+    """`{token}` as ComfyUI's own `embedding:name`, which must stand after a blank and end at one."""
+    before, found, after = caption.partition(TOKEN)
+    if not found:
+        return caption
+    gap = " " if before and not before[-1].isspace() else ""
+    stop = " " if after and not after[0].isspace() and after[0] != ")" else ""
+    return f"{before}{gap}embedding:{name}{stop}{spell(after, name)}"
+
+
+def encoder_tokenizers(clip) -> dict[str, object]:
+    """ComfyUI's tokenizers of a CLIP by the embedding key of their encoder ("clip_l", "clip_g", "t5xxl"...)."""
+    parts = [t for t in vars(clip.tokenizer).values() if hasattr(t, "embedding_key") and hasattr(t, "_try_get_embedding")]
+    if not parts:
+        raise ValueError(f"This CLIP ({type(clip.tokenizer).__name__}) has no encoder that takes learned words.")
+    return {t.embedding_key: t for t in parts}
+
+
+def with_embeddings(clip, table: dict[str, Vectors]):
+    """A clone of a CLIP whose prompts find `embedding:NAME` in `table` first and on disk otherwise."""
+    clone = clip.clone()
+    clone.tokenizer = copy.copy(clip.tokenizer)
+    for attribute, part in list(vars(clone.tokenizer).items()):
+        if hasattr(part, "embedding_key") and hasattr(part, "_try_get_embedding"):
+            own = copy.copy(part)
+            own.embedding_directory = part.embedding_directory or []
+            own._try_get_embedding = _Lookup(part._try_get_embedding, part.embedding_key, table)
+            setattr(clone.tokenizer, attribute, own)
+    return clone
+
+
+class _Lookup:
+    """Answers as core's `_try_get_embedding` does: (vectors or None, name, what is left of the text)."""
+
+    def __init__(self, otherwise, key: str, table: dict[str, Vectors]):
+        self.otherwise, self.key, self.table = otherwise, key, table
+
+    def __call__(self, text: str):
+        word, _, rest = text.partition(" ")
+        bare = word.rstrip(",")
+        name = bare.removesuffix(".safetensors")
+        if name not in self.table:
+            return self.otherwise(text)
+        return self.table[name].get(self.key), name, f"{word[len(bare) :]} {rest}".strip()
+
+
+def starting_vectors(clip, phrase: str, count: int) -> Vectors:
+    """`count` vectors per encoder from the words of a phrase, repeated when it is shorter, cut when it is longer."""
+    vectors = {}
+    for key, tokenizer in encoder_tokenizers(clip).items():
+        end = -1 if tokenizer.tokenizer_adds_end_token else None
+        ids = tokenizer.tokenizer(phrase)["input_ids"][tokenizer.tokens_start : end]
+        if not ids:
+            raise ValueError(f"The initialiser {phrase!r} has no word that {key} knows: use a plain word such as 'picture'.")
+        table = encoder_module(clip, key).transformer.get_input_embeddings().weight
+        vectors[key] = torch.stack([plain(table[ids[i % len(ids)]]).float() for i in range(count)])
+    return vectors
+
+
+def encoder_module(clip, key: str):
+    """The encoder of a CLIP that belongs to an embedding key."""
+    for name in (key, key.removeprefix("clip_"), getattr(clip.cond_stage_model, "clip", "")):
+        if hasattr(clip.cond_stage_model, name):
+            return getattr(clip.cond_stage_model, name)
+    raise ValueError(f"This CLIP ({type(clip.cond_stage_model).__name__}) has no encoder named {key!r}.")
+
+
+def native_size(model) -> int:
+    """Pixels of the square that a model was trained on."""
+    config = model.model.model_config
+    if hasattr(type(config), "native_size"):
+        return type(config).native_size
+    if isinstance(config, comfy.supported_models.SD15):
+        return 512
+    return 768 if isinstance(config, comfy.supported_models.SD20) else 1024
+
+
+def check_embedding_fits(clip, embedding: Embedding) -> None:
+    """ComfyUI drops vectors of another width with a warning in the log; this says it where it is seen."""
+    for key, tokenizer in encoder_tokenizers(clip).items():
+        if key in embedding.vectors and embedding.vectors[key].shape[-1] != tokenizer.embedding_size:
+            raise ValueError(
+                f"The embedding {embedding.name!r} has {embedding.vectors[key].shape[-1]} numbers per vector for {key}, and this CLIP "
+                f"takes {tokenizer.embedding_size}: it was learned on another kind of model."
+            )
+    if not encoder_tokenizers(clip).keys() & embedding.vectors.keys():
+        raise ValueError(
+            f"The embedding {embedding.name!r} is for {', '.join(embedding.vectors)}, and this CLIP has {', '.join(encoder_tokenizers(clip))}."
+        )
+
+
+def check_belong_together(model, cond: Conditioning) -> None:
+    """MODEL and CLIP from different checkpoints: say so before the matrix product does."""
+    config = model.model.model_config.unet_config
+    expected = config.get("context_dim") or config.get("context_in_dim")
+    if expected and cond.states.shape[-1] != expected:
+        raise ValueError(
+            f"MODEL and CLIP do not belong together: the model expects {expected} numbers per token and this CLIP gives "
+            f"{cond.states.shape[-1]}. Take both from the same checkpoint."
+        )
+
+
+def fingerprint(thing) -> str:
+    """12 hex digits that say which weights a MODEL, CLIP, VAE or CLIP_VISION holds, the same after a restart."""
+    patcher = getattr(thing, "patcher", thing)
+    module = patcher.model
+    digest = hashlib.sha256(type(module).__name__.encode())
+    config = getattr(getattr(module, "model_config", None), "unet_config", None)
+    digest.update(json.dumps({k: str(v) for k, v in (config or {}).items() if k not in ("dtype", "device")}, sort_keys=True).encode())
+    parameters = sorted(module.named_parameters(), key=lambda item: (item[1].numel(), item[0]))
+    for name, p in parameters[:: max(1, len(parameters) // 12)]:
+        digest.update(name.encode() + _bytes(p))
+    for name in sorted(patcher.patches):
+        digest.update(name.encode())
+        for strength, patch, *_ in patcher.patches[name]:
+            digest.update(str(strength).encode())
+            for t in _tensors(patch):
+                digest.update(_bytes(t))
+    return digest.hexdigest()[:12]
+
+
+def _bytes(t: torch.Tensor) -> bytes:
+    return t.detach().flatten()[:64].float().cpu().clone().numpy().tobytes()
+
+
+def _tensors(patch) -> Iterator[torch.Tensor]:
+    if isinstance(patch, torch.Tensor):
+        yield patch
+    elif isinstance(patch, (list, tuple)):
+        for part in patch:
+            yield from _tensors(part)
+    elif hasattr(patch, "weights"):  # ComfyUI's weight adapters
+        yield from _tensors(patch.weights)

@@ -1,0 +1,85 @@
+"""What a long node tells the browser while it works, and the Finish now button it listens to."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import comfy.model_management
+import comfy.utils
+from comfy_execution.utils import get_executing_context
+from PIL import Image
+
+from ..training.loop import Progress, finite
+
+try:  # absent where prompts run without a server (scripts, tests)
+    from server import PromptServer
+except ImportError:
+    PromptServer = None
+
+log = logging.getLogger("counterpoint")
+EVENT = "counterpoint.progress"
+EVERY = 0.2  # seconds between events; the browser draws at most ten times a second
+
+_finishing: set[tuple[str, str]] = set()
+
+
+def server():
+    return getattr(PromptServer, "instance", None)
+
+
+def finish(prompt_id: str, node_id: str) -> None:
+    """Ask the node to end its training now and let the graph go on with what there is."""
+    _finishing.add((prompt_id, node_id))
+
+
+class Reporter:
+    """Progress bar, interruption, live curve and preview of one running node."""
+
+    def __init__(self, steps: int):
+        context = get_executing_context()
+        self.address = (context.prompt_id, context.node_id) if context else ("", "")
+        self.bar = comfy.utils.ProgressBar(steps, node_id=self.address[1] or None)
+        self.sent = 0.0
+        _finishing.discard(self.address)
+
+    def update(self, progress: Progress, preview: Image.Image | None = None, **stats: float) -> None:
+        """Raises ComfyUI's interruption when the user has cancelled."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.bar.update_absolute(progress.step, progress.steps, ("JPEG", preview, None) if preview else None)
+        last = progress.step == progress.steps
+        if server() and (last or time.monotonic() - self.sent > EVERY):
+            self.sent = time.monotonic()
+            server().send_sync(EVENT, self._message(progress, stats), server().client_id)
+
+    def say(self, text: str) -> None:
+        """A line of text on the node and in the log."""
+        log.info(text)
+        if server() and self.address[1]:
+            server().send_progress_text(text, self.address[1])
+
+    def finishing(self) -> bool:
+        return self.address in _finishing
+
+    def _message(self, progress: Progress, stats: dict[str, float]) -> dict:
+        prompt_id, node_id = self.address
+        numbers = finite({**progress.scalars, **stats})
+        return {
+            "prompt_id": prompt_id, "node_id": node_id, "step": progress.step, "steps": progress.steps,
+            "loss": numbers.pop("loss", None), "eta_s": round(progress.eta, 1), "stats": numbers,
+        }  # fmt: skip
+
+
+def register_routes() -> None:
+    """POST /counterpoint/finish {prompt_id, node_id}: what the Finish now button calls."""
+    if server() is None:
+        return
+    from aiohttp import web
+
+    @server().routes.post("/counterpoint/finish")
+    async def _finish(request):
+        said = await request.json()
+        if not isinstance(said, dict) or not {"prompt_id", "node_id"} <= said.keys():
+            return web.json_response({"error": "Finish now needs a prompt_id and a node_id."}, status=400)
+        finish(str(said["prompt_id"]), str(said["node_id"]))
+        return web.json_response({"finishing": True})

@@ -1,0 +1,326 @@
+"""Train Embedding: from pictures (and negatives) to a new word."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..training import embedding as files
+from ..training.embedding import Embedding
+from ..training.loop import Diverged, train
+from ..training.losses import WEIGHTINGS
+from ..training.memory import duration, fit_batch, size
+from ..training.run import Run, config_hash
+from ..training.sheet import sheet
+from ..training.textual_inversion import METHODS, Settings, TextualInversion
+from .bridge import (
+    TOKEN,
+    ComfyDenoiser,
+    ComfyTextEncoder,
+    check_belong_together,
+    fingerprint,
+    native_size,
+    plain,
+    private_clip,
+    private_model,
+    spell,
+    starting_vectors,
+    training_mode,
+    with_embeddings,
+)
+from .generate import Recipe, sample
+from .progress import Reporter
+
+CATEGORY = "Counterpoint/embedding"
+EmbeddingType = io.Custom("EMBEDDING")
+CAPTION_USES = ("template", "caption", "dropout")
+ACTIVATIONS_OVER_SAMPLING = 6  # memory of a training pass over what ComfyUI estimates for a sampling pass of the same batch
+CURVE_POINTS = 500
+
+
+def ways_to_caption(captions: list[str], template: str, use: str) -> list[list[str]]:
+    """For each picture the captions that training may draw: the template alone, the caption in it, or either."""
+    described = [f"{c.strip()} {template[template.index('in the style') :]}" if "in the style" in template else f"{c.strip()}, {TOKEN}"
+                 for c in captions]  # fmt: skip
+    return {
+        "template": [[template] for _ in captions],
+        "caption": [[d] for d in described],
+        "dropout": [[template, d] for d in described],
+    }[use]
+
+
+def fit_size(image: torch.Tensor, pixels: int) -> torch.Tensor:
+    """(1, H, W, C) -> (1, pixels, pixels, 3): the smaller side fitted, the middle kept."""
+    x = image[..., :3].movedim(-1, 1)
+    return comfy.utils.common_upscale(x, pixels, pixels, "lanczos", "center").movedim(1, -1)
+
+
+def encode_pictures(vae, images: list[torch.Tensor], pixels: int) -> torch.Tensor:
+    """Latents (n, C, h, w) of single pictures, on the CPU, as ordinary tensors."""
+    return torch.cat([plain(vae.encode(fit_size(image, pixels))).cpu() for batch in images for image in batch.split(1)])
+
+
+def images_hash(images: list[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(str(tuple(image.shape)).encode() + (image.clamp(0, 1) * 255).to(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class TrainEmbedding(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CounterpointTrainEmbedding",
+            display_name="Train Embedding",
+            category=CATEGORY,
+            description="Teaches the model a new word for the style of your pictures. With negatives (the same content in no style in "
+            "particular) what your pictures show besides their style is kept out of the word.",
+            search_aliases=["textual inversion", "nsync", "learn style", "train style"],
+            is_input_list=True,
+            not_idempotent=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model that learns the word; it is not changed. 1 model."),
+                io.Clip.Input("clip", tooltip="From the same checkpoint; it is not changed."),
+                io.Vae.Input("vae", tooltip="From the same checkpoint."),
+                io.Image.Input("images", tooltip="Pictures in the style: 12 to 24 are enough, 1 is the least."),
+                io.String.Input("captions", force_input=True, optional=True, tooltip="What is in each picture, 1 caption each, without its style."),
+                io.Image.Input("negatives", optional=True, tooltip="From Negative Set: 1 for each picture, in the same order."),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="reference point",
+                    tooltip="plain: textual inversion, no negatives needed. paper: NSYNC as published, g+ minus its part along g-. "
+                    "reference point: the negative gradient is taken where the word began and removed where both agree.",
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=1.0, step=0.05, tooltip="How much of what is shared with the negatives is removed; 0 is plain."
+                ),
+                io.String.Input("start", default="picture", tooltip="The word or phrase the new vectors start from; 1 plain word is best."),
+                io.Int.Input("vectors", default=1, min=1, max=16, tooltip="How many vectors the word has: 1 for a style, up to 16 for much detail."),
+                io.String.Input("template", default=f"a picture in the style of {TOKEN}", tooltip="The caption it learns with; {token} must stand in it once (1 time)."),
+                io.Combo.Input(
+                    "caption_use",
+                    options=list(CAPTION_USES),
+                    default="template",
+                    tooltip="template: the template alone (contrast needs this: complete captions leave the negatives nothing to teach). "
+                    "caption: your captions in the template's place. dropout: either, half (50 %) of the time each.",
+                ),
+                io.Int.Input("steps", default=200, min=2, max=20000, tooltip="200 for Pocket (about 1 minute on two cores), 500 to 1500 for SD 1.5."),
+                io.Int.Input("batch", default=8, min=1, max=64, tooltip="Pictures per step, and as many negatives; 8 is plenty. Made smaller if memory is short."),
+                io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=0.0001, round=0.00001, tooltip="0 takes the model's own: 0.02 for Pocket, 0.005 elsewhere."),
+                io.Int.Input("seed", default=0, min=0, max=2**31, control_after_generate=False, tooltip="Another seed, another run: 0 and up."),
+                io.Int.Input("preview_every", default=50, min=0, max=10000, advanced=True, tooltip="Steps between preview pictures; 0 for none."),
+                io.Int.Input("snapshot_every", default=0, min=0, max=10000, advanced=True, tooltip="Steps between snapshots kept in the run's folder; 0 for none."),
+                io.Boolean.Input("keep_norm", default=False, advanced=True, tooltip="Hold every vector at its starting length (1 times its start)."),
+                io.Combo.Input(
+                    "weighting",
+                    options=list(WEIGHTINGS),
+                    default="low frequencies",
+                    advanced=True,
+                    tooltip="Which noise levels count: low frequencies learns palette and paper too (weights up to 10); min-SNR 5 is the usual; uniform is all alike.",
+                ),
+                io.Int.Input("size", default=0, min=0, max=4096, step=8, advanced=True, tooltip="Pixels of the square that is trained on; 0 takes the model's own."),
+                io.String.Input(
+                    "run",
+                    default="",
+                    advanced=True,
+                    tooltip="Folder under output/counterpoint for checkpoints and the log; empty makes one from the settings (8 characters of their hash).",
+                ),
+            ],
+            outputs=[
+                EmbeddingType.Output(display_name="embedding", tooltip="The new word: to Use Embedding or Save Embedding."),
+                io.LossMap.Output(display_name="loss_map", tooltip="For core's Plot Loss Graph; a mean over the last 20 steps at each point."),
+                io.String.Output(display_name="report", tooltip="What was done, in a few lines."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, template):
+        (text,) = template  # a list, as everything that a node with is_input_list gets
+        if text.count(TOKEN) != 1:
+            return f"The template needs {TOKEN} once, as in 'a picture in the style of {TOKEN}'."
+        return True
+
+    @classmethod
+    def execute(cls, model, clip, vae, images, captions=None, negatives=None, **rest) -> io.NodeOutput:
+        values = {k: v[0] for k, v in rest.items()}
+        job = Job(model[0], clip[0], vae[0], images, captions, negatives, values)
+        learned, records, report = job.run()
+        curve = smoothed([r["loss"] for r in records])
+        return io.NodeOutput(learned, {"loss": curve}, report, ui={"text": [report], "counterpoint_loss": thinned(curve)})
+
+
+def smoothed(values: list[float], window: int = 20) -> list[float]:
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def thinned(values: list[float]) -> list[float]:
+    """At most 500 points, for the browser."""
+    every = -(-len(values) // CURVE_POINTS) or 1
+    return values[::every]
+
+
+class Job:
+    """One press of Run on Train Embedding: checks, a private copy of the models, the loop, the result."""
+
+    def __init__(self, model, clip, vae, images, captions, negatives, values: dict):
+        self.model, self.clip, self.vae, self.values = model, clip, vae, values
+        self.pixels = values["size"] or native_size(model)
+        self.images = [picture for batch in images for picture in batch.split(1)]
+        self.negatives = [picture for batch in negatives for picture in batch.split(1)] if negatives else []
+        self.captions = list(captions or [])
+        self.settings = Settings(
+            method=values["method"], strength=values["strength"], steps=values["steps"], batch=values["batch"],
+            learning_rate=values["learning_rate"] or (0.02 if self.pixels <= 128 else 0.005), keep_norm=values["keep_norm"],
+            weighting=values["weighting"], seed=values["seed"],
+        )  # fmt: skip
+        self._check()
+
+    def _check(self) -> None:
+        n, use = len(self.images), self.values["caption_use"]
+        if not n:
+            raise ValueError("There are no pictures to learn from: connect Load Dataset or Pocket Pictures.")
+        if use != "template" and len(self.captions) != n:
+            raise ValueError(f"caption_use is {use!r} and there are {len(self.captions)} captions for {n} pictures: give 1 each, or use 'template'.")
+        if self.settings.method == "plain" or self.settings.strength == 0:
+            self.negatives = []
+            return
+        if len(self.negatives) != n:
+            raise ValueError(
+                f"The method {self.settings.method!r} needs 1 negative for each picture, and there are {len(self.negatives)} for {n}: "
+                f"connect Negative Set with the same captions, or choose 'plain'."
+            )
+        sizes = {tuple(i.shape[1:3]) for i in self.negatives}
+        if len(sizes) > 1:
+            raise ValueError(f"The negatives have different sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}): paint them all in one size.")
+
+    def run(self) -> tuple[Embedding, list[dict], str]:
+        with self._open_run() as run:
+            stored = run.load_checkpoint()
+            if stored and stored[0] >= self.settings.steps:
+                return self._result(run, stored[1]["vectors"], stored[0], ["This run is complete: its result was taken from disk."])
+            return self._train(run)
+
+    def _open_run(self) -> Run:
+        decides = {k: v for k, v in asdict(self.settings).items() if k != "steps"}
+        config = {
+            **decides, "start": self.values["start"], "vectors": self.values["vectors"], "template": self.values["template"],
+            "caption_use": self.values["caption_use"], "size": self.pixels, "images": images_hash(self.images),
+            "captions": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()[:16] if self.values["caption_use"] != "template" else "",
+            "negatives": images_hash(self.negatives), "model": fingerprint(self.model), "clip": fingerprint(self.clip), "vae": fingerprint(self.vae),
+        }  # fmt: skip
+        return Run(run_folder(self.values["run"], config), config, {"steps": self.settings.steps})
+
+    def _train(self, run: Run) -> tuple[Embedding, list[dict], str]:
+        settings = self.settings
+        latents = encode_pictures(self.vae, self.images, self.pixels)
+        negatives = encode_pictures(self.vae, self.negatives, self.pixels) if self.negatives else None
+        reporter, said = Reporter(settings.steps), []
+        batch, why = self._fitting_batch(latents)
+        if why:
+            said.append(why)
+            reporter.say(why)
+        with training_mode(), contextlib.ExitStack() as stack:
+            model, clip = private_model(self.model), private_clip(self.clip)
+            comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
+            device = model.load_device
+            prepared = [None if x is None else model.model.process_latent_in(plain(x)).to(device) for x in (latents, negatives)]
+            ways = ways_to_caption(self.captions or [""] * len(self.images), self.values["template"], self.values["caption_use"])
+            encoder = ComfyTextEncoder(clip)
+            start = {k: v.to(device) for k, v in starting_vectors(clip, self.values["start"], self.values["vectors"]).items()}
+            with torch.no_grad():
+                check_belong_together(model, encoder.encode([ways[0][0]], [start]))
+            trainer = TextualInversion(
+                ComfyDenoiser(model), encoder, prepared[0], ways, start, replace(settings, batch=batch), prepared[1]
+            )
+            steps = stack.enter_context(contextlib.closing(train(trainer, run, settings.steps)))
+            done, problem = self._follow(steps, trainer, reporter, model, clip, run)
+            vectors = {k: v.detach().cpu().clone() for k, v in trainer.vectors.items()}
+        if problem:
+            said.append(problem)
+        return self._result(run, vectors, done, said)
+
+    def _follow(self, steps, trainer, reporter: Reporter, model, clip, run: Run) -> tuple[int, str]:
+        done, announced = 0, False
+        try:
+            for progress in steps:
+                done = progress.step
+                if not announced and progress.seconds > 1.0:
+                    announced = True
+                    reporter.say(f"Training {run.folder.name}: about {duration(progress.eta)} for {progress.steps - progress.step} more steps.")
+                reporter.update(progress, self._preview(progress.step, trainer, model, clip, run))
+                if reporter.finishing():
+                    return done, f"Finished early, at step {done} of {progress.steps}, because you asked."
+        except Diverged as error:
+            reporter.say(text := f"{error}: training stopped at step {done} and kept the last good state. Try a smaller learning rate.")
+            return done, text
+        return done, ""
+
+    def _preview(self, step: int, trainer, model, clip, run: Run):
+        """Four pictures of the word as it is now; also kept in the run's folder."""
+        every, snapshots = self.values["preview_every"], self.values["snapshot_every"]
+        vectors = {k: v.detach() for k, v in trainer.vectors.items()}
+        if snapshots and step % snapshots == 0:
+            snapshot = Embedding({k: v.cpu() for k, v in vectors.items()}, run.folder.name, {"step": step})
+            files.artefact.write_whole(run.folder / "snapshots" / f"step-{step:06d}.safetensors", files.to_bytes(snapshot))
+        if not every or step % every or step == self.settings.steps:
+            return None
+        with torch.no_grad():
+            words = with_embeddings(clip, {"preview": vectors})
+            cond = words.encode_from_tokens_scheduled(words.tokenize(spell(self.values["template"], "preview")))
+            empty = words.encode_from_tokens_scheduled(words.tokenize(""))
+            recipe = Recipe("", self.pixels, self.pixels, 1, 12, 4.0, "euler", "normal")
+            pictures = self.vae.decode(sample(model, [cond] * 4, empty, recipe, [0, 1, 2, 3])).movedim(-1, 1)
+        picture = sheet([pictures], columns=2)
+        (run.folder / "previews").mkdir(exist_ok=True)
+        picture.save(run.folder / "previews" / f"step-{step:06d}.jpg", quality=90)
+        return picture
+
+    def _fitting_batch(self, latents: torch.Tensor) -> tuple[int, str]:
+        """How many pictures fit beside the private copies, and the sentence that says so when it is fewer than asked."""
+        groups = 2 if self.negatives else 1
+        per_picture = self.model.model.memory_required([groups, *latents.shape[1:]]) * ACTIVATIONS_OVER_SAMPLING
+        fixed = self.model.model_size() + self.clip.patcher.model_size()
+        free = comfy.model_management.get_free_memory(self.model.load_device)
+        batch = fit_batch(self.settings.batch, fixed, per_picture, free)
+        if batch == 0:
+            raise ValueError(
+                f"Training at {self.pixels} pixels needs about {size(fixed + per_picture)} and {size(free)} are free: "
+                f"choose a smaller size than {self.pixels}, or close what else uses the memory."
+            )
+        if batch < self.settings.batch:
+            return batch, f"{batch} instead of {self.settings.batch} pictures per step, to fit into the {size(free)} that are free."
+        return batch, ""
+
+    def _result(self, run: Run, vectors, steps: int, said: list[str]) -> tuple[Embedding, list[dict], str]:
+        facts = {
+            "counterpoint": "textual inversion", "method": self.settings.method, "strength": self.settings.strength, "steps": steps,
+            "seed": self.settings.seed, "start": self.values["start"], "template": self.values["template"],
+            "base_model": fingerprint(self.model), "base_clip": fingerprint(self.clip),
+        }  # fmt: skip
+        learned = Embedding({k: v.float() for k, v in vectors.items()}, run.folder.name, facts)
+        records = run.history(steps)
+        report = f"{self.settings.method}, {steps} steps on {len(self.images)} pictures at {self.pixels}, run {run.folder.name}. " + " ".join(said)
+        return learned, records, report.strip()
+
+
+def run_folder(name: str, config: dict) -> Path:
+    """output/counterpoint/<name>; without a name one that belongs to these settings."""
+    root = (Path(folder_paths.get_output_directory()) / "counterpoint").resolve()
+    folder = (root / (name.strip() or f"train-embedding-{config_hash(config)[:8]}")).resolve()
+    if root not in folder.parents:
+        raise ValueError(f"The run's name {name!r} would leave ComfyUI's output folder: use a plain name such as 'my-style'.")
+    return folder
+
+
+NODES = [TrainEmbedding]

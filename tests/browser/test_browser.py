@@ -1,0 +1,50 @@
+"""What a person does in the browser: opens one of our graphs from the templates, presses Run, sees the picture."""
+
+import asyncio
+import re
+
+import pytest
+
+from harness.boot import ROOT, node_list
+
+RENDERERS = {"classic": False, "nodes 2.0": True}
+TEMPLATES = [("small_models", "small picture"), ("counterpoint", "00 first picture")]
+SHIPPED = [
+    each for each in TEMPLATES if each[0] != "counterpoint" or (ROOT / "workflows" / f"{each[1]}.json").is_file()
+]
+
+PICTURES_ON_NODES = """() => {
+    const shown = (image) => image && image.naturalWidth > 0;
+    const drawn = app.graph._nodes.flatMap((node) => node.imgs ?? []).filter(shown).length;
+    const inPage = [...document.querySelectorAll(".lg-node img")].filter(shown).length;
+    return drawn + inPage;
+}"""
+
+
+@pytest.fixture(params=list(RENDERERS))
+def page(request, browse):
+    with browse({"Comfy.VueNodes.Enabled": RENDERERS[request.param]}) as page:
+        yield page
+    assert not page.errors_of("counterpoint")
+
+
+@pytest.mark.parametrize(("pack", "template"), SHIPPED, ids=[template for _, template in SHIPPED])
+def test_a_template_paints_its_picture(page, pack, template, request):
+    page.open_template(pack, template)
+    page.shot(f"{template}, {request.node.callspec.params['page']}, opened")
+    assert page.press_run() == "execution_success"
+    page.raw.wait_for_function(f"() => ({PICTURES_ON_NODES})() > 0", timeout=30_000)
+    page.raw.wait_for_timeout(500)
+    page.shot(f"{template}, {request.node.callspec.params['page']}, painted")
+
+
+def test_a_node_shows_its_help(page, pack, request):
+    nodes = [node.GET_SCHEMA() for node in asyncio.run(node_list(pack))]
+    if not nodes:
+        pytest.skip("the pack has no nodes yet")
+    page.select_new_node(nodes[0].node_id)
+    page.raw.get_by_test_id("info-button").first.click()
+    written = (ROOT / "js" / "docs" / f"{nodes[0].node_id}.md").read_text(encoding="utf-8")
+    sentence = next(line for line in written.splitlines() if re.match(r"[A-Z][\w ,]{20,}", line))
+    page.raw.get_by_text(re.match(r"[\w ,]+", sentence).group().strip(), exact=False).first.wait_for(timeout=15_000)
+    page.shot(f"help, {request.node.callspec.params['page']}")

@@ -1,0 +1,20 @@
+"""What dev.py starts once there is an environment: `python tests/harness demo|serve|pocket|bench|evidence words...`."""
+
+import importlib
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # tests/, not this folder: its server.py would hide ComfyUI's
+
+
+def main(command: str, *words: str) -> int | None:
+    if command in ("demo", "serve", "pocket"):
+        return importlib.import_module(f"harness.{command}").main(list(words))
+    return importlib.import_module(f"{command}.{words[0]}").main(list(words[1:]))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

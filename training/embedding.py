@@ -1,0 +1,63 @@
+"""A learned word: its vectors for every text encoder, and the file that carries it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import artefact
+from .protocols import Vectors
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class BadName(ValueError):
+    """A name that ComfyUI's prompts could not read; the message says which one could."""
+
+
+@dataclass
+class Embedding:
+    """The type EMBEDDING. `vectors` by ComfyUI's key of the encoder, (k, width) float32 each, the same k for all."""
+
+    vectors: Vectors
+    name: str
+    facts: dict = field(default_factory=dict)  # method, steps, seed, base fingerprint...: goes into the file's header
+
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.vectors.values())))
+
+
+def check_name(name: str) -> str:
+    """`embedding:NAME` ends at a blank, `<`, `[` or a comma, and must stay inside the embeddings folder."""
+    if not NAME.fullmatch(name):
+        better = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "my-style"
+        raise BadName(
+            f"The name {name!r} cannot be used as an embedding: letters, digits, '-', '_' and '.' only, for example {better!r}."
+        )
+    return name
+
+
+def to_bytes(embedding: Embedding) -> bytes:
+    """ComfyUI's keys, nothing else as tensors: a second tensor would stop A1111 and diffusers from reading the file."""
+    facts = {"modelspec.title": embedding.name, "modelspec.trigger_phrase": embedding.name, **embedding.facts}
+    return artefact.encode({k: v.float() for k, v in embedding.vectors.items()}, facts)
+
+
+def load(path: Path) -> Embedding:
+    """An embedding from a .safetensors with one (k, width) or (width,) tensor per encoder."""
+    tensors, metadata = artefact.read(path)
+    wrong = {k: tuple(v.shape) for k, v in tensors.items() if v.ndim not in (1, 2)}
+    if wrong or not tensors:
+        raise ValueError(f"{path.name} is not an embedding: it holds {wrong or 'nothing'}, not vectors of shape (k, width).")
+    vectors = {k: v.float().reshape(-1, v.shape[-1]) for k, v in tensors.items()}
+    return Embedding(vectors, path.stem, {k: _plain(v) for k, v in metadata.items() if not k.startswith("modelspec.")})
+
+
+def _plain(value: str):
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

@@ -1,0 +1,133 @@
+"""Learning a word: plain textual inversion, and by contrast with negatives.
+
+A negative is a picture of the same content in a generic style. The gradient of the denoising loss at the new vectors on
+a negative says what the pair has in common; what is removed from the positive's gradient is not learned.
+
+`plain`            Gal et al. 2022
+`paper`            NSYNC (arXiv 2511.01517): g+ - proj(g+ on g-), both gradients at the current vectors, every step
+`reference point`  ours: the negative gradient is taken at the vectors' starting point, averaged over steps, and removed
+                   only where it points the same way; at the current point it would soon ask to undo the style itself
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .gradients import dot, project_out
+from .latents import Draw, draw
+from .loop import Diverged
+from .losses import WEIGHTINGS
+from .protocols import Denoiser, TextEncoder, Vectors
+
+METHODS = ("plain", "paper", "reference point")
+
+
+@dataclass
+class Settings:
+    """Everything that decides the result beside the pictures, the captions and the start."""
+
+    method: str = "reference point"
+    strength: float = 1.0  # 0..1, share of the common direction that is removed; 0 is plain, bit for bit
+    steps: int = 200
+    batch: int = 8  # positives per step; as many negatives join them in the same pass
+    learning_rate: float = 0.02
+    keep_norm: bool = False  # rescale each vector to its starting length after every step
+    weighting: str = "low frequencies"
+    average: float = 0.9  # of the negative gradient over steps, `reference point` only
+    seed: int = 0
+
+
+class TextualInversion:
+    """A trainer for the loop. Latents (n, C, H, W); captions (n) with `{token}`; negatives[i] is the pair of picture i."""
+
+    def __init__(self, denoiser: Denoiser, encoder: TextEncoder, latents: torch.Tensor, captions: list[list[str]],
+                 start: Vectors, settings: Settings, negatives: torch.Tensor | None = None):  # fmt: skip
+        """`captions[i]` are the ways of captioning picture i; each draw takes one of them."""
+        self.denoiser, self.encoder, self.settings = denoiser, encoder, settings
+        self.latents, self.negatives, self.captions = latents, negatives, captions
+        self.start = {k: v.detach().clone() for k, v in start.items()}
+        self.vectors = {k: v.detach().clone().requires_grad_() for k, v in start.items()}
+        self.optimiser = torch.optim.Adam(self.vectors.values(), lr=settings.learning_rate, betas=(0.9, 0.99))
+        self.average = {k: torch.zeros_like(v) for k, v in self.start.items()}
+        self.averaged = 0
+        self.contrastive = settings.method != "plain" and settings.strength > 0
+        if self.contrastive and negatives is None:
+            raise ValueError(f"The method {settings.method!r} contrasts with negatives, and there are none.")
+
+    def step(self, i: int) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + i)
+        batch = draw(self.latents, self.denoiser, self.settings.batch, generator)
+        loss, positive, negative = self._gradients(batch, self._pick_captions(batch.rows, generator))
+        said = {"loss": loss}
+        if self.contrastive:
+            negative = self._reference(negative) if self.settings.method == "reference point" else negative
+            one_sided = self.settings.method == "reference point"
+            positive, contrast = project_out(positive, negative, self.settings.strength, one_sided)
+            said |= contrast
+        size = dot(positive, positive).sqrt().item()
+        if not (math.isfinite(loss) and math.isfinite(size)):
+            raise Diverged(f"The loss of step {i + 1} is not a number")
+        for (_, vector), gradient in zip(self.vectors.items(), positive, strict=True):
+            vector.grad = gradient.to(vector)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self._learning_rate(i)
+        self.optimiser.step()
+        if self.settings.keep_norm:
+            self._restore_norms()
+        return {**said, "gradient": size, "norm": self._relative_norm()}
+
+    def _pick_captions(self, rows: list[int], generator: torch.Generator) -> list[str]:
+        picks = torch.rand(len(rows), generator=generator).tolist()
+        return [ways[int(p * len(ways))] for ways, p in zip((self.captions[r] for r in rows), picks, strict=True)]
+
+    def _gradients(self, batch: Draw, captions: list[str]) -> tuple[float, list[torch.Tensor], list[torch.Tensor]]:
+        """Gradients of both groups from one forward and one backward: each group has leaves of its own."""
+        positive = {k: v.detach().clone().requires_grad_() for k, v in self.vectors.items()}
+        groups, latents, noise, sigma = [positive], self.latents[batch.rows], batch.noise, batch.sigma
+        if self.contrastive:
+            at = self.start if self.settings.method == "reference point" else self.vectors
+            groups.append({k: v.detach().clone().requires_grad_() for k, v in at.items()})
+            latents, noise, sigma = torch.cat([latents, self.negatives[batch.rows]]), torch.cat([noise] * 2), torch.cat([sigma] * 2)
+        cond = self.encoder.encode(captions * len(groups), [leaves for leaves in groups for _ in captions])
+        error = self.denoiser.error(latents, noise, sigma, cond)
+        weights = WEIGHTINGS[self.settings.weighting](self.denoiser.snr(sigma))
+        losses = (error.float().square().mean((1, 2, 3)) * weights).view(len(groups), -1).mean(1)
+        leaves = [leaf for group in groups for leaf in group.values()]
+        gradients = torch.autograd.grad(losses.sum(), leaves)
+        count = len(positive)
+        return losses[0].item(), list(gradients[:count]), list(gradients[count:])
+
+    def _reference(self, negative: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Running mean of the negative gradient, without the bias towards its zero start."""
+        keep, self.averaged = self.settings.average, self.averaged + 1
+        for mean, g in zip(self.average.values(), negative, strict=True):
+            mean.mul_(keep).add_(g.to(mean), alpha=1 - keep)
+        return [m / (1 - keep**self.averaged) for m in self.average.values()]
+
+    def _learning_rate(self, i: int) -> float:
+        """Ten steps of warm-up, then a line down to a tenth."""
+        return self.settings.learning_rate * min(1, (i + 1) / 10) * (1 - 0.9 * i / self.settings.steps)
+
+    @torch.no_grad()
+    def _restore_norms(self) -> None:
+        for k, v in self.vectors.items():
+            v.mul_(self.start[k].norm(dim=1, keepdim=True) / v.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+    def _relative_norm(self) -> float:
+        """Length of the vectors relative to their start, mean over vectors and encoders."""
+        ratios = [(v.detach().norm(dim=1) / self.start[k].norm(dim=1).clamp_min(1e-12)).mean() for k, v in self.vectors.items()]
+        return (sum(ratios) / len(ratios)).item()
+
+    def state_dict(self) -> dict:
+        return {"vectors": dict(self.vectors), "optimiser": self.optimiser.state_dict(), "average": self.average, "averaged": self.averaged}
+
+    def load_state_dict(self, state: dict) -> None:
+        with torch.no_grad():
+            for k, v in state["vectors"].items():
+                self.vectors[k].copy_(v)
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.average = {k: v.to(self.average[k]) for k, v in state["average"].items()}
+        self.averaged = state["averaged"]
