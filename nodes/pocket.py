@@ -7,6 +7,7 @@ import json
 import torch
 from comfy_api.latest import io, ui
 
+from ..training.intervals import wilson
 from ..training.pocket import grammar
 from ..training.pocket.painter import paint
 from ..training.pocket.world import ATTRIBUTES, FACTORS, HELD_OUT, MEDIUMS, sample_scenes
@@ -173,13 +174,6 @@ def pocket_size(images: torch.Tensor) -> torch.Tensor:
         x = torch.nn.functional.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = ((s - 128) // 2 for s in x.shape[-2:])
     return x[:, :, top : top + 128, left : left + 128]
-
-
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
-    p = hits / n
-    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
 NODES = [LoadPocketModels, PocketPictures, PocketJudge]

@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import functools
 import logging
+import os
 import re
 import time
 from pathlib import Path
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.rank is not None:
         torch.set_num_threads(1)
-        store = options.folder / "processes"
+        store = options.folder / f"processes-{os.getppid()}"  # both are children of the same dev.py
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{store.as_posix()}", rank=options.rank, world_size=2, timeout=datetime.timedelta(hours=2)
         )
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 def fit(folder: Path, name: str, trainer: Fit, config: dict) -> None:
     """Run the loop on a trainer; only the first process writes, all resume from what it wrote."""
-    run = Run(folder / name, {"stage": name, "steps": trainer.steps, "processes": processes(), **config})
+    run = Run(folder / name, {"stage": name, "world": pictures.VERSION, **config}, {"steps": trainer.steps, "processes": processes()})
     stored = run.load_checkpoint()
     start = stored[0] if stored else 0
     if stored:
@@ -105,15 +106,26 @@ def train_vae(folder: Path) -> None:
                            warmup=100, decay=1.0, ema=0.998), {"crop": vae.CROP, "batch": 4})  # fmt: skip
     vae.whiten(module, vae.encode(module, images[:2000]))
     report_vae(folder, module, "vae")
+    ship_vae(module, images)
 
-    module.encoder.requires_grad_(False)
-    module.quant_conv.requires_grad_(False)
+
+def train_decoder(folder: Path) -> None:
+    """The encoder is final: latents, and with them UNet and judge, stand on it. The decoder can go on."""
+    images, _ = pictures.load(folder, "train")
+    module = shipped_vae()
+    for part in (module.decoder, module.post_quant_conv):
+        part.requires_grad_(True)
     latents = vae.encode(module, images[:6000]).half()
-    fit(folder, "vae-decoder", Fit(module, vae.decoder_loss(module, images, latents, 2), steps=1_200, lr=6e-4, weight_decay=1e-4,
-                                   warmup=50, decay=1.0, ema=0.99), {"batch": 2})  # fmt: skip
-    report_vae(folder, module, "vae-decoder")
+    fit(folder, "decoder", Fit(module, vae.decoder_loss(module, images, latents, 2), steps=1_200, lr=6e-4, weight_decay=1e-4,
+                               warmup=50, decay=1.0, ema=0.99), {"batch": 2})  # fmt: skip
+    report_vae(folder, module, "decoder")
+    ship_vae(module, images)
+
+
+def ship_vae(module: torch.nn.Module, images: torch.Tensor) -> None:
     if rank() == 0:
         ship("vae", half(module.state_dict()), preview_factors=preview_factors(vae.encode(module, images[:500]), images[:500]))
+    barrier()
 
 
 def preview_factors(latents: torch.Tensor, images: torch.Tensor) -> list[list[float]]:
@@ -268,4 +280,4 @@ def text_encoder(words: int):
     return lambda w, n: pair.encode_text(w, n)[0]
 
 
-STAGES = {"pictures": paint_pictures, "vae": train_vae, "clip": train_clip, "judge": train_judge, "unet": train_unet}
+STAGES = {"pictures": paint_pictures, "vae": train_vae, "clip": train_clip, "judge": train_judge, "unet": train_unet, "decoder": train_decoder}

@@ -81,5 +81,8 @@ def register_routes() -> None:
         said = await request.json()
         if not isinstance(said, dict) or not {"prompt_id", "node_id"} <= said.keys():
             return web.json_response({"error": "Finish now needs a prompt_id and a node_id."}, status=400)
-        finish(str(said["prompt_id"]), str(said["node_id"]))
+        address = str(said["prompt_id"]), str(said["node_id"])
+        if address != (getattr(server(), "last_prompt_id", None), server().last_node_id):  # not set before the first prompt
+            return web.json_response({"error": "This node is not training now."}, status=409)
+        finish(*address)
         return web.json_response({"finishing": True})

@@ -1,5 +1,6 @@
 """Fixtures for all layers: `pack` and `graph` are ComfyUI in this process, `server` and `page` the real thing outside."""
 
+import asyncio
 import os
 import tempfile
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harness.boot import DEV, ROOT, boot, load_pack, prepare
+from harness.boot import DEV, ROOT, boot, load_pack, node_list, prepare
 from harness.browser import QUIET, find_chromium, open_page
 from harness.client import Client
 from harness.server import Server, make_base
@@ -57,6 +58,12 @@ def comfy(pytestconfig: pytest.Config) -> Path:
 def pack(comfy):
     """Our pack as ComfyUI loads it: `pack.nodes`, `pack.training` and what they import."""
     return load_pack()
+
+
+@pytest.fixture(scope="session")
+def schemas(pack) -> list:
+    """The schema of every node of ours."""
+    return [node.GET_SCHEMA() for node in asyncio.run(node_list(pack))]
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,10 @@
 """What a person does in the browser: opens one of our graphs from the templates, presses Run, sees the picture."""
 
-import asyncio
 import re
 
 import pytest
 
-from harness.boot import ROOT, node_list
+from harness.boot import ROOT
 
 RENDERERS = {"classic": False, "nodes 2.0": True}
 TEMPLATES = [("small_models", "small picture"), ("counterpoint", "00 first picture")]
@@ -38,13 +37,12 @@ def test_a_template_paints_its_picture(page, pack, template, request):
     page.shot(f"{template}, {request.node.callspec.params['page']}, painted")
 
 
-def test_a_node_shows_its_help(page, pack, request):
-    nodes = [node.GET_SCHEMA() for node in asyncio.run(node_list(pack))]
-    if not nodes:
+def test_a_node_shows_its_help(page, schemas, request):
+    if not schemas:
         pytest.skip("the pack has no nodes yet")
-    page.select_new_node(nodes[0].node_id)
+    page.select_new_node(schemas[0].node_id)
     page.raw.get_by_test_id("info-button").first.click()
-    written = (ROOT / "js" / "docs" / f"{nodes[0].node_id}.md").read_text(encoding="utf-8")
+    written = (ROOT / "js" / "docs" / f"{schemas[0].node_id}.md").read_text(encoding="utf-8")
     sentence = next(line for line in written.splitlines() if re.match(r"[A-Z][\w ,]{20,}", line))
     page.raw.get_by_text(re.match(r"[\w ,]+", sentence).group().strip(), exact=False).first.wait_for(timeout=15_000)
     page.shot(f"help, {request.node.callspec.params['page']}")

@@ -31,4 +31,4 @@ def to_prompt(workflow: Path, url: str) -> dict:
         done = comfy("run", "--workflow", str(workflow), "--host", host, "--port", port, "--print-prompt")
     if done.returncode:
         raise RuntimeError(f"comfy-cli could not convert {workflow.name}: {done.stderr.strip() or done.stdout.strip()}")
-    return json.loads(done.stdout)
+    return json.loads(done.stdout)["data"]["prompt"]

@@ -1,6 +1,7 @@
 """A real ComfyUI server as a child process, in a base directory of its own."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -108,5 +109,6 @@ class Server:
         settings = " ".join(f"{name}={value}" for name, value in self.settings.items())
         return f"ComfyUI {' '.join(self.flags)}\n    {settings}\n    base directory {self.base}\n    log {self.log}"
 
-    def log_tail(self, lines: int = 40) -> str:
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    def log_tail(self, lines: int = 25) -> str:
+        text = re.sub(r"\x1b\[\d*m|\r[^\n]*", "", self.log.read_text(encoding="utf-8", errors="replace"))
+        return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])

@@ -1,12 +1,11 @@
 """What a real server makes of the pack, before any saved graph is run."""
 
-import asyncio
 import json
 import subprocess
 import sys
 import time
 
-from harness.boot import ROOT, node_list
+from harness.boot import ROOT
 from harness.prompts import paint
 from harness.server import Server
 
@@ -24,10 +23,10 @@ def test_both_packs_were_imported(server: Server):
         assert complaint not in log
 
 
-def test_every_node_is_offered_complete(client, pack):
+def test_every_node_is_offered_complete(client, schemas):
     offered = client.get("/object_info")
     ours = {name: node for name, node in offered.items() if node["python_module"] == "custom_nodes.counterpoint"}
-    assert set(ours) == {node.GET_SCHEMA().node_id for node in asyncio.run(node_list(pack))}
+    assert set(ours) == {schema.node_id for schema in schemas}
     for name, node in ours.items():
         assert node["display_name"] and node["description"], name
         assert node["category"].startswith("Counterpoint"), name

@@ -51,11 +51,6 @@ def committed(pattern: str = "*") -> list[Path]:
     return [ROOT / name for name in names if name and (ROOT / name).is_file()]
 
 
-@pytest.fixture(scope="module")
-def schemas(pack) -> list:
-    return [node.GET_SCHEMA() for node in asyncio.run(node_list(pack))]
-
-
 def imported_names(file: Path) -> list[str]:
     """The modules a file imports; a relative import that leaves the file's own top folder starts with a dot."""
     depth, names = len(file.relative_to(ROOT).parts) - 1, []

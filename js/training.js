@@ -1,0 +1,248 @@
+// What a node that trains shows on the canvas: its loss curve while it works, and a Finish now button.
+// Nothing here is saved into the graph.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+// Each sends `counterpoint.progress` while it trains and `counterpoint_loss` in its ui when it is done.
+const TRAINERS = ["CounterpointTrainEmbedding"];
+
+const HEIGHT = 150; // pixels, the least
+const AVERAGED = 20; // points in the running mean, as the server's own curve
+const MOST_POINTS = 1000; // then every other one is dropped
+const DRAW_EVERY = 100; // milliseconds
+
+const IDLE = "The loss curve appears here while this node trains.";
+const ENDINGS = {
+  execution_success: "Done.",
+  execution_interrupted: "Cancelled",
+  execution_error: "Stopped by an error",
+};
+
+const MARKUP = `
+  <div class="plot">
+    <svg viewBox="0 0 1 1" preserveAspectRatio="none"><path class="raw"/><path class="line"/></svg>
+    <span class="high"></span><span class="low"></span>
+  </div>
+  <div class="foot">
+    <span class="status"></span>
+    <button type="button" title="End the training after this step; the graph goes on with what was learned.">Finish now</button>
+  </div>
+  <div class="contrast"></div>`;
+
+const STYLE = `
+  .counterpoint-training { display: flex; flex-direction: column; gap: 4px; min-height: ${HEIGHT}px; box-sizing: border-box;
+    font: 11px/1.35 system-ui, sans-serif; color: var(--input-text); }
+  .counterpoint-training .plot { position: relative; flex: 1; min-height: 60px; overflow: hidden; border-radius: 6px;
+    background: var(--comfy-input-bg); border: 1px solid color-mix(in srgb, var(--border-color) 50%, transparent); }
+  .counterpoint-training svg { position: absolute; inset: 0; width: 100%; height: 100%; }
+  .counterpoint-training path { fill: none; stroke-linecap: round; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
+  .counterpoint-training .raw { stroke: var(--input-text); stroke-opacity: 0.3; stroke-width: 2.5px; }
+  .counterpoint-training .line { stroke: var(--p-primary-color, currentColor); stroke-width: 2px; }
+  .counterpoint-training .high, .counterpoint-training .low { position: absolute; left: 6px; color: var(--descrip-text); }
+  .counterpoint-training .high { top: 3px; }
+  .counterpoint-training .low { bottom: 3px; }
+  .counterpoint-training .foot { display: flex; gap: 8px; align-items: center; }
+  .counterpoint-training .status { flex: 1; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }
+  .counterpoint-training .contrast { color: var(--descrip-text); white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+  .counterpoint-training .contrast:empty, .counterpoint-training button[hidden] { display: none; }
+  .counterpoint-training button { padding: 4px 10px; font: inherit; cursor: pointer; border-radius: 6px;
+    color: var(--input-text); background: var(--comfy-input-bg); border: 1px solid var(--border-color); }
+  .counterpoint-training button:disabled { cursor: default; opacity: 0.45; }`;
+
+/** What is known about one training. */
+class Run {
+  training = true;
+  finishing = false;
+  points = []; // {step, loss} as they were measured
+  mean = []; // the same, smoothed
+  step = 0;
+  steps = 0;
+  stats = {};
+  said = "";
+
+  constructor(promptId, nodeId) {
+    Object.assign(this, { promptId, nodeId });
+  }
+
+  /** A training that is over, from what its node left behind. */
+  static over(output) {
+    const run = new Run();
+    run.steps = output.counterpoint_loss.length;
+    run.close(output);
+    return run;
+  }
+
+  take({ step, steps, loss, eta_s, stats }) {
+    Object.assign(this, { step, steps, stats: stats ?? {} });
+    this.said = `Step ${step} of ${steps}${step < steps ? timeLeft(eta_s) : ""}`;
+    if (loss == null) return;
+    if (this.points.length >= MOST_POINTS) this.points = this.points.filter((_, i) => i % 2);
+    this.points.push({ step, loss });
+    this.mean = this.points.map(({ step }, i) => ({ step, loss: average(this.points.slice(Math.max(0, i + 1 - AVERAGED), i + 1)) }));
+  }
+
+  /** Over, with the node's own curve (its mean at equal distances) and its own words. */
+  close({ counterpoint_loss: losses, text }) {
+    this.training = false;
+    this.said = (text ?? []).join(" ");
+    this.steps = this.step || this.steps;
+    this.mean = losses.map((loss, i) => ({ step: ((i + 1) / losses.length) * this.steps, loss }));
+  }
+
+  /** Over without a result, or with one that went to another tab. */
+  end(words) {
+    this.training = false;
+    this.said = words === ENDINGS.execution_success ? words : `${words} at step ${this.step} of ${this.steps}.`;
+  }
+}
+
+const average = (points) => points.reduce((sum, { loss }) => sum + loss, 0) / points.length;
+
+function timeLeft(seconds) {
+  if (seconds == null) return "";
+  if (seconds < 90) return `, ${Math.round(seconds)} s left`;
+  return seconds < 5400 ? `, ${Math.round(seconds / 60)} min left` : `, ${(seconds / 3600).toFixed(1)} h left`;
+}
+
+/** The widget's element; it is SVG and text, so the theme and any zoom are the browser's work. */
+class Curve {
+  constructor() {
+    this.element = Object.assign(document.createElement("div"), { className: "counterpoint-training", innerHTML: MARKUP });
+    for (const part of ["raw", "line", "high", "low", "status", "contrast"]) this[part] = this.element.querySelector(`.${part}`);
+    this.button = this.element.querySelector("button");
+    this.button.addEventListener("click", () => this.finish());
+    this.paint();
+  }
+
+  show(run) {
+    this.run = run;
+    this.waiting ??= setTimeout(() => requestAnimationFrame(() => this.paint()), DRAW_EVERY);
+  }
+
+  paint() {
+    this.waiting = undefined;
+    const run = this.run;
+    const { cosine, removed } = (run?.training && run.stats) || {};
+    this.status.textContent = this.status.title = run?.finishing && run.training ? "Finishing after this step…" : (run?.said ?? IDLE);
+    this.contrast.textContent = cosine == null ? "" : `shared with negatives: cos ${cosine.toFixed(2)}, removed ${removed.toFixed(2)}`;
+    this.button.hidden = !run?.training;
+    this.button.disabled = !run?.training || run.finishing;
+    if (run?.mean.length) this.plot(run);
+  }
+
+  plot({ points, mean, steps }) {
+    const [low, high] = range(points, mean);
+    const at = ({ step, loss }) => `${(step / steps).toFixed(4)} ${(0.95 - (0.9 * (loss - low)) / (high - low)).toFixed(4)}`;
+    this.raw.setAttribute("d", points.map((point) => `M${at(point)}h0`).join(""));
+    this.line.setAttribute("d", `M${mean.map(at).join("L")}`);
+    this.high.textContent = high.toPrecision(3);
+    this.low.textContent = low.toPrecision(3);
+  }
+
+  async finish() {
+    const run = this.run;
+    run.finishing = true;
+    this.paint();
+    try {
+      await ask("/counterpoint/finish", { prompt_id: run.promptId, node_id: run.nodeId });
+    } catch (error) {
+      run.finishing = false;
+      this.paint();
+      app.extensionManager.toast.add({ severity: "error", summary: "Finish now did not work", detail: error.message, life: 10000 });
+    }
+  }
+}
+
+/** Lowest and highest loss worth showing: all of the smooth line, and of the points all but the wildest 2 %. */
+function range(points, mean) {
+  const raw = points.map(({ loss }) => loss).sort((a, b) => a - b);
+  const smooth = mean.map(({ loss }) => loss);
+  const aside = Math.floor(raw.length / 50);
+  const low = Math.min(...smooth, ...raw.slice(aside, aside + 1));
+  const high = Math.max(...smooth, ...raw.slice(raw.length - 1 - aside).slice(0, 1));
+  return high > low ? [low, high] : [low - 0.5, high + 0.5];
+}
+
+async function ask(route, data) {
+  const answer = await api.fetchApi(route, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(data) });
+  if (answer.ok) return;
+  const { error } = await answer.json().catch(() => ({}));
+  throw new Error(error ?? `The server answered ${answer.status} ${answer.statusText}.`);
+}
+
+const curves = new WeakMap(); // node -> Curve
+let live; // the latest Run that was heard of; it outlives its node when the canvas shows another graph for a while
+
+/** The node at "9", at "13:9" (node 9 inside sub-graph node 13) or at "<id of a sub-graph>:9". */
+function nodeAt(address) {
+  const path = String(address).split(":");
+  const id = path.pop();
+  let graph = app.rootGraph;
+  for (const step of path) graph = graph?.subgraphs?.get(step) ?? graph?.getNodeById(step)?.subgraph;
+  return graph?.getNodeById(id);
+}
+
+const curveAt = (address) => curves.get(nodeAt(address) ?? {});
+
+function hear({ detail }) {
+  if (live?.promptId !== detail.prompt_id || live.nodeId !== detail.node_id) live = new Run(detail.prompt_id, detail.node_id);
+  live.take(detail);
+  curveAt(detail.node_id)?.show(live);
+}
+
+function ended(words, promptId) {
+  if (!live?.training || live.promptId !== promptId) return;
+  live.end(words);
+  curveAt(live.nodeId)?.show(live);
+}
+
+/** Nodes that the page has made anew (another tab, undo, a job opened from the history) get their curve back. */
+function restore(outputs) {
+  for (const [address, output] of Object.entries(outputs ?? {})) {
+    const curve = output?.counterpoint_loss?.length && curveAt(address);
+    if (curve && !curve.run) curve.show(Run.over(output));
+  }
+}
+
+function addCurve(node) {
+  const curve = new Curve();
+  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT, getValue: () => null, setValue: () => {} };
+  const widget = node.addDOMWidget("loss curve", "COUNTERPOINT_TRAINING", curve.element, options);
+  widget.serialize = false; // the option keeps it out of the prompt, this out of the saved graph
+  curves.set(node, curve);
+}
+
+function showResult(node, output) {
+  const curve = curves.get(node);
+  if (!output?.counterpoint_loss?.length || !curve) return;
+  if (curve.run?.training) curve.run.close(output);
+  else curve.run = Run.over(output);
+  curve.show(curve.run);
+}
+
+app.registerExtension({
+  name: "counterpoint.training",
+
+  setup() {
+    document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
+    api.addEventListener("counterpoint.progress", hear);
+    for (const [name, words] of Object.entries(ENDINGS)) api.addEventListener(name, ({ detail }) => ended(words, detail.prompt_id));
+  },
+
+  beforeRegisterNodeDef(nodeType, { name }) {
+    if (!TRAINERS.includes(name)) return;
+    const { onNodeCreated, onExecuted } = nodeType.prototype;
+    nodeType.prototype.onNodeCreated = function (...given) {
+      onNodeCreated?.apply(this, given);
+      addCurve(this);
+    };
+    nodeType.prototype.onExecuted = function (output, ...given) {
+      onExecuted?.call(this, output, ...given);
+      showResult(this, output);
+    };
+  },
+
+  onNodeOutputsUpdated: restore,
+  afterConfigureGraph: () => restore(app.nodeOutputs),
+});

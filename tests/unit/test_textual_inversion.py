@@ -1,0 +1,306 @@
+"""Textual inversion and its contrastive methods against the same mathematics written out step by step in float64."""
+
+import contextlib
+import copy
+import math
+
+import pytest
+import torch
+
+SHAPE = (2, 3, 3)  # of a latent
+WIDTHS = {"clip_l": 5, "clip_g": 7}
+METHODS = ("plain", "paper", "reference point")
+
+
+class TinyText:
+    """Every vector speaks through a matrix of its own; every caption adds a direction of its own."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(11)
+        self.matrices = {key: torch.randn(4, width, 6, generator=generator) for key, width in WIDTHS.items()}
+        self.asked: list[list[str]] = []
+
+    def encode(self, captions, vectors):
+        self.asked.append(list(captions))
+        states = []
+        for caption, leaves in zip(captions, vectors, strict=True):
+            own = torch.randn(6, generator=torch.Generator().manual_seed(sum(caption.encode())))
+            said = sum(torch.einsum("kw,kwo->o", v, self.matrices[key][: len(v)].to(v)) for key, v in leaves.items())
+            states.append(torch.tanh(said + own.to(said)))
+        return self.conditioning(torch.stack(states)[:, None], None)
+
+
+class TinyModel:
+    """Predicts noise from the noisy latent and a push that the text gives; differentiable in any precision."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(12)
+        self.push = torch.randn(6, math.prod(SHAPE), generator=generator)
+        self.seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.poison: dict[int, tuple[int, float]] = {}  # call -> (row, what its error becomes)
+
+    def sigmas(self, n, generator):
+        return 0.2 + 4 * torch.rand(n, generator=generator)
+
+    def snr(self, sigma):
+        return sigma**-2
+
+    def error(self, latents, noise, sigma, cond):
+        self.seen.append((latents, noise, sigma))
+        s = sigma.view(-1, 1, 1, 1).to(latents)
+        push = (cond.states[:, 0] @ self.push.to(latents)).view(-1, *SHAPE)
+        error = torch.sin((latents + s * noise) / (1 + s * s) ** 0.5 + push) - noise
+        row, value = self.poison.get(len(self.seen), (0, 0.0))
+        spoiled = torch.zeros(len(error), 1, 1, 1)
+        spoiled[row] = value
+        return error + (error * spoiled if value else 0)
+
+
+@pytest.fixture
+def ti(pack):
+    TinyText.conditioning = pack.training.protocols.Conditioning
+    return pack.training.textual_inversion
+
+
+def vectors(k: int = 2, encoders: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    keys = list(WIDTHS)[:encoders]
+    return {key: 0.3 * torch.randn(k, WIDTHS[key], generator=generator) for key in keys}
+
+
+def pictures(n: int = 5, seed: int = 1) -> torch.Tensor:
+    return torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def make(ti, n: int = 5, k: int = 2, encoders: int = 2, ways=None, **settings):
+    ways = ways or [[f"picture {i} {{token}}"] for i in range(n)]
+    settings = {"steps": 20, "batch": 3, "weighting": "low frequencies", **settings}
+    return ti.TextualInversion(
+        TinyModel(), TinyText(), pictures(n), ways, vectors(k, encoders), ti.Settings(**settings), pictures(n, seed=2)
+    )
+
+
+def run(trainer, steps: int, first: int = 0) -> list[dict[str, float]]:
+    return [trainer.step(i) for i in range(first, steps)]
+
+
+def same(a, b) -> bool:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+# The oracle: one pass per group, float64, nothing shared with the code.
+
+
+def slow_gradient(trainer, latents, noise, sigma, captions, at) -> dict[str, torch.Tensor]:
+    leaves = {key: v.double().clone().requires_grad_() for key, v in at.items()}
+    cond = TinyText().encode(captions, [leaves] * len(captions))
+    error = TinyModel().error(latents.double(), noise.double(), sigma.double(), cond)
+    snr = sigma.double() ** -2
+    weight = torch.minimum(torch.minimum(snr + 1, torch.tensor(5.0)) / snr, torch.tensor(10.0))
+    loss = sum(w * (e**2).mean() for w, e in zip(weight, error, strict=True)) / len(error)
+    loss.backward()
+    return {key: v.grad for key, v in leaves.items()}
+
+
+def by_hand(trainer, steps: int) -> dict[str, torch.Tensor]:
+    """What `trainer`, which has run, should have come to: the methods as they are written, and Adam."""
+    s, start = trainer.settings, {key: v.double() for key, v in trainer.start.items()}
+    v = {key: x.clone() for key, x in start.items()}
+    first, second = ({key: torch.zeros_like(x) for key, x in v.items()} for _ in range(2))
+    negatives = []  # gradients, one for each step
+    for t, (seen, captions) in enumerate(zip(trainer.denoiser.seen, trainer.encoder.asked, strict=True), 1):
+        latents, noise, sigma = (x[: s.batch] for x in seen)
+        g = slow_gradient(trainer, latents, noise, sigma, captions[: s.batch], v)
+        if s.method != "plain":
+            contrast = seen[0][s.batch :]
+            at = v if s.method == "paper" else start
+            negatives.append(slow_gradient(trainer, contrast, noise, sigma, captions[: s.batch], at))
+            for key in g:
+                n = negatives[-1][key]
+                if s.method == "reference point":
+                    decayed = sum(s.average ** (t - j) * (1 - s.average) * past[key] for j, past in enumerate(negatives, 1))
+                    n = decayed / (1 - s.average**t)
+                shared = (g[key] * n).sum() / (n * n).sum()
+                if s.method == "paper" or shared > 0:
+                    g[key] = g[key] - s.strength * shared * n
+        rate = s.learning_rate * min(1, t / 10) * (1 - 0.9 * (t - 1) / s.steps)
+        for key in v:
+            first[key] = 0.9 * first[key] + 0.1 * g[key]
+            second[key] = 0.99 * second[key] + 0.01 * g[key] ** 2
+            v[key] = v[key] - rate * (first[key] / (1 - 0.9**t)) / ((second[key] / (1 - 0.99**t)).sqrt() + 1e-8)
+    assert t == steps
+    return v
+
+
+@pytest.mark.parametrize("method, strength", [("plain", 1.0), ("paper", 1.0), ("paper", 0.5), ("reference point", 1.0), ("reference point", 0.4)])
+def test_a_method_is_what_it_says(ti, method, strength):
+    trainer = make(ti, method=method, strength=strength)
+    run(trainer, 20)
+    for key, want in by_hand(trainer, 20).items():
+        moved = (want - trainer.start[key]).abs().max()
+        assert moved > 0.1, "the oracle stood still"
+        assert (trainer.vectors[key].double() - want).abs().max() <= 2e-4 * moved
+
+
+def test_the_methods_differ(ti):
+    ends = []
+    for method in METHODS:
+        trainer = make(ti, method=method)
+        run(trainer, 12)
+        ends.append(trainer.vectors["clip_l"].detach())
+    assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(ends) for b in ends[:i])
+
+
+def test_one_sided_and_two_sided_cases_both_occur(ti):
+    """Else the comparison with the oracle would not have seen the sign."""
+    cosines = [said["cosine"] for method in METHODS[1:] for said in run(make(ti, method=method, encoders=1), 20)]
+    assert min(cosines) < 0 < max(cosines)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("k, encoders", [(1, 1), (4, 1), (1, 2), (4, 2)])
+def test_one_stacked_pass_is_as_good_as_two(ti, method, k, encoders):
+    trainer = make(ti, method=method, k=k, encoders=encoders)
+    trainer.vectors["clip_l"].data += 0.5  # away from the start, so that the two reference points differ
+    batch = ti.draw(trainer.latents, trainer.denoiser, 3, torch.Generator().manual_seed(8))
+    captions = [f"picture {r} {{token}}" for r in batch.rows]
+    _, positive, negative = trainer._gradients(batch, captions)
+    at = trainer.start if method == "reference point" else trainer.vectors
+    want = [
+        slow_gradient(trainer, trainer.latents[batch.rows], batch.noise, batch.sigma, captions, trainer.vectors),
+        slow_gradient(trainer, trainer.negatives[batch.rows], batch.noise, batch.sigma, captions, at),
+    ]
+    for got, right in zip((positive, negative), want, strict=True):
+        assert len(got) == encoders
+        for g, key in zip(got, right, strict=True):
+            assert g.shape == (k, WIDTHS[key])
+            assert (g.double() - right[key]).norm() <= 1e-5 * right[key].norm()
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_strength_nothing_is_plain_bit_for_bit(ti, method):
+    plain, none = make(ti, method="plain"), make(ti, method=method, strength=0.0)
+    run(plain, 60), run(none, 60)
+    assert same(plain.state_dict(), none.state_dict())
+
+
+def test_contrast_needs_negatives(ti):
+    with pytest.raises(ValueError, match="paper.*negatives"):
+        ti.TextualInversion(TinyModel(), TinyText(), pictures(), [["{token}"]] * 5, vectors(), ti.Settings(method="paper"))
+
+
+@pytest.mark.parametrize("batch", [2, 5, 8])
+def test_a_pair_shares_everything_but_the_picture(ti, batch):
+    trainer = make(ti, method="paper", batch=batch)
+    run(trainer, 6)
+    for (latents, noise, sigma), captions in zip(trainer.denoiser.seen, trainer.encoder.asked, strict=True):
+        rows = [int(c.split()[1]) for c in captions[:batch]]
+        assert latents.equal(torch.cat([trainer.latents[rows], trainer.negatives[rows]]))
+        assert noise[:batch].equal(noise[batch:]) and sigma[:batch].equal(sigma[batch:]) and captions[:batch] == captions[batch:]
+        assert len({n.sum().item() for n in noise[:batch]}) == batch, "every picture has noise of its own"
+        assert max(rows.count(r) for r in rows) == -(-batch // 5), "a picture comes again before the others have come"
+    noises = torch.cat([noise for _, noise, _ in trainer.denoiser.seen])
+    assert abs(noises.mean()) < 0.1 and abs(noises.std() - 1) < 0.1
+
+
+def test_one_picture_is_enough(ti):
+    trainer = make(ti, n=1, batch=4, method="reference point")
+    assert all(math.isfinite(said["loss"]) for said in run(trainer, 5))
+    assert len(trainer.denoiser.seen[0][0]) == 8
+
+
+def test_captions_are_drawn_from_their_pictures_ways(ti):
+    trainer = make(ti, n=2, batch=4, method="plain", ways=[["a {token}"], ["b {token}", "c {token}"]])
+    run(trainer, 150)
+    asked = [caption[0] for captions in trainer.encoder.asked for caption in captions]
+    for (latents, _, _), captions in zip(trainer.denoiser.seen, trainer.encoder.asked, strict=True):
+        for latent, caption in zip(latents, captions, strict=True):
+            assert (caption == "a {token}") == latent.equal(trainer.latents[0])
+    assert asked.count("a") == 300 and abs(asked.count("b") / 300 - 0.5) < 0.12
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_seed_decides_and_nothing_else_does(ti, method):
+    torch.manual_seed(1)
+    one, other = make(ti, method=method, seed=4), make(ti, method=method, seed=5)
+    run(one, 15), run(other, 15)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    again = make(ti, method=method, seed=4)
+    run(again, 15)
+    assert same(one.state_dict(), again.state_dict()) and not same(one.state_dict(), other.state_dict())
+    assert before.equal(torch.get_rng_state()), "the global generator was used"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_half_way_and_resumed_is_as_if_never_stopped(pack, ti, tmp_path, method):
+    loop, Run = pack.training.loop, pack.training.run.Run
+    through, stopped, resumed = (make(ti, method=method) for _ in range(3))
+    with Run(tmp_path / "through", {}) as folder:
+        assert len(list(loop.train(through, folder, 20))) == 20
+    with Run(tmp_path / "stopped", {}) as folder, contextlib.closing(loop.train(stopped, folder, 20)) as steps:
+        for progress in steps:
+            if progress.step == 10:
+                break
+    with Run(tmp_path / "stopped", {}) as folder:
+        assert [p.step for p in loop.train(resumed, folder, 20)] == list(range(11, 21))
+    assert same(through.state_dict(), resumed.state_dict())
+    ends = [pack.training.artefact.read_tree(tmp_path / name / "checkpoint.safetensors") for name in ("through", "stopped")]
+    assert same(*ends) and ends[0]["step"] == 20
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("row", [0, 4], ids=["positive", "negative"])
+def test_a_loss_that_is_no_number_changes_nothing(pack, ti, method, value, row):
+    if method == "plain" and row == 4:
+        row = 1
+    trainer, sound = make(ti, method=method), make(ti, method=method)
+    run(trainer, 6), run(sound, 10)
+    before = copy.deepcopy(trainer.state_dict())
+    trainer.denoiser.poison = {7: (row, value)}
+    with pytest.raises(pack.training.loop.Diverged, match="step 7"):
+        trainer.step(6)
+    assert same(before, trainer.state_dict())
+    run(trainer, 10, first=6)
+    assert same(sound.state_dict(), trainer.state_dict()), "the last good state goes on as if nothing had happened"
+
+
+def test_keep_norm_holds_every_vector_at_its_length(ti):
+    trainer = make(ti, method="paper", keep_norm=True, k=4)
+    said = run(trainer, 15)
+    for key, v in trainer.vectors.items():
+        assert torch.allclose(v.norm(dim=1), trainer.start[key].norm(dim=1), rtol=1e-5)
+        assert not torch.allclose(v, trainer.start[key], atol=1e-2)
+    assert said[-1]["norm"] == pytest.approx(1, abs=1e-5)
+
+
+def test_what_is_said_is_finite_and_right(ti):
+    trainer = make(ti, method="reference point", encoders=1)
+    said = run(trainer, 10)
+    assert all(math.isfinite(x) for each in said for x in each.values())
+    assert {"loss", "cosine", "removed", "norm"} <= said[0].keys()
+    lengths = trainer.vectors["clip_l"].norm(dim=1) / trainer.start["clip_l"].norm(dim=1)
+    assert said[-1]["norm"] == pytest.approx(lengths.mean().item(), rel=1e-5)
+
+
+def test_the_state_is_small(ti):
+    """C11: four vectors of SD1.5 with all that is kept for them."""
+    start = {"clip_l": torch.zeros(4, 768) + 0.1}
+    trainer = ti.TextualInversion(TinyModel(), TinyText(), pictures(), [["{token}"]] * 5, start, ti.Settings(method="plain"))
+    trainer.vectors["clip_l"].grad = torch.ones(4, 768)
+    trainer.optimiser.step()
+
+    def size(node):
+        if isinstance(node, torch.Tensor):
+            return node.numel() * node.element_size()
+        return sum(size(x) for x in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()))
+
+    assert 3 * 4 * 768 * 4 <= size(trainer.state_dict()) <= 64 * 1024
