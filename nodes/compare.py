@@ -28,19 +28,20 @@ class CompareGrid(io.ComfyNode):
                 io.String.Input("labels", default="", multiline=True, tooltip="1 line for each row, in order."),
                 io.String.Input("title", default="", tooltip="1 line above everything."),
                 io.Int.Input("columns", default=8, min=0, max=64, tooltip="Longer rows are broken after so many pictures, 8 by default; 0 never breaks."),
+                io.Int.Input("most", default=0, min=0, max=1000, tooltip="Pictures shown of each row; 0 shows all."),
                 io.Int.Input("scale", default=1, min=1, max=8, tooltip="Enlarges each picture without smoothing, 1 to 8 times: 2 suits Pocket's 128 pixels."),
             ],
             outputs=[io.Image.Output(display_name="sheet", tooltip="One picture with all rows.")],
         )
 
     @classmethod
-    def execute(cls, rows, labels, title, columns, scale) -> io.NodeOutput:
+    def execute(cls, rows, labels, title, columns, most, scale) -> io.NodeOutput:
         batches = [torch.cat([_same(b, given[0]) for b in given]) for given in rows.values() if given]
         if not batches:
             raise ValueError("Compare Grid has no pictures: connect at least 1 row.")
         lines = labels[0].splitlines() if labels[0] else []
         texts = [lines[i] if i < len(lines) else "" for i in range(len(batches))]
-        picture = sheet([b.movedim(-1, 1) for b in batches], texts, columns[0], title[0], scale[0])
+        picture = sheet([b[: most[0] or None].movedim(-1, 1) for b in batches], texts, columns[0], title[0], scale[0])
         out = torch.from_numpy(numpy.asarray(picture, dtype=numpy.float32) / 255)[None]
         return io.NodeOutput(out, ui=ui.PreviewImage(out, cls=cls))
 

@@ -58,20 +58,28 @@ def generate_set(model, clip, vae, prompts: list[str], recipe: Recipe, name: str
     """
     if not prompts:
         raise ValueError("There are no prompts to paint: connect captions, or type one prompt per line.")
-    config = {
-        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(), **asdict(recipe),
-        "model": fingerprint(model), "clip": fingerprint(clip), "vae": fingerprint(vae),
-    }  # fmt: skip
+    encoded = {p: clip.encode_from_tokens_scheduled(clip.tokenize(p)) for p in dict.fromkeys([*prompts, recipe.negative])}
+    # What the prompts mean, rather than which CLIP reads them: a learned word may come from memory or from a file.
+    config = {"prompts": _hash(prompts, encoded), **asdict(recipe), "model": fingerprint(model), "vae": fingerprint(vae)}
     folder = set_folder(name, kind, config)
     with Run(folder, config) as run:
         files = [run.folder / f"{i:05d}.png" for i in range(len(prompts))]
         missing = [i for i, f in enumerate(files) if not f.exists()]
         if len(missing) < len(prompts):
             log.info("%s: %d of %d pictures are on disk and are used again.", folder.name, len(prompts) - len(missing), len(prompts))
-        _paint(model, clip, vae, prompts, recipe, files, missing, batch or _fitting_batch(model, recipe))
+        _paint(model, vae, prompts, encoded, recipe, files, missing, batch or _fitting_batch(model, recipe))
         manifest = {"recipe": asdict(recipe), "pictures": [{"file": f.name, "prompt": p} for f, p in zip(files, prompts, strict=True)]}
         artefact.write_whole(run.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     return [read_picture(f) for f in files], folder
+
+
+def _hash(prompts: list[str], encoded: dict) -> str:
+    digest = hashlib.sha256(json.dumps(prompts).encode())
+    for conditioning in encoded.values():
+        for states, facts in conditioning:
+            for t in (states, facts.get("pooled_output")):
+                digest.update(b"" if t is None else t.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_picture(file: Path) -> torch.Tensor:
@@ -99,8 +107,7 @@ def _fitting_batch(model, recipe: Recipe) -> int:
     return 1
 
 
-def _paint(model, clip, vae, prompts, recipe: Recipe, files, missing, batch: int) -> None:
-    encoded = {p: clip.encode_from_tokens_scheduled(clip.tokenize(p)) for p in {*(prompts[i] for i in missing), recipe.negative}}
+def _paint(model, vae, prompts: list[str], encoded: dict, recipe: Recipe, files: list[Path], missing: list[int], batch: int) -> None:
     groups: dict[int, list[int]] = {}
     for i in missing:  # only prompts of equal token length can share a batch
         groups.setdefault(encoded[prompts[i]][0][0].shape[1], []).append(i)
@@ -186,7 +193,7 @@ class GenerateSet(io.ComfyNode):
             node_id="CounterpointGenerateSet",
             display_name="Generate Set",
             category=CATEGORY,
-            description="Paints one picture for each prompt, several at a time, into a folder with captions. Stopped, it goes on where it "
+            description="Paints a picture for each prompt, several at a time, into a folder with captions. Stopped, it goes on where it "
             "was; run again with nothing changed, it takes what is there.",
             search_aliases=["batch prompts", "synthetic dataset"],
             is_input_list=True,
@@ -196,15 +203,16 @@ class GenerateSet(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="Reads the prompts; from the same checkpoint."),
                 io.Vae.Input("vae", tooltip="From the same checkpoint."),
                 io.String.Input("prompts", multiline=True, tooltip="A list of prompts, or 1 prompt per line."),
+                io.Int.Input("per_prompt", default=1, min=1, max=1000, tooltip="Pictures for each prompt, 1 and up."),
                 *recipe_inputs(),
             ],
             outputs=set_outputs(),
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, prompts, **rest) -> io.NodeOutput:
+    def execute(cls, model, clip, vae, prompts, per_prompt, **rest) -> io.NodeOutput:
         values = {k: v[0] for k, v in rest.items()}
-        lines = [line.strip() for text in prompts for line in text.splitlines() if line.strip()]
+        lines = [line.strip() for text in prompts for line in text.splitlines() if line.strip() for _ in range(per_prompt[0])]
         images, folder = generate_set(model[0], clip[0], vae[0], lines, _recipe(model[0], values), values["name"], "generate-set", values["batch"])
         return _output(cls, images, lines, folder)
 

@@ -103,6 +103,7 @@ def resolve(text: str, roots: Mapping[str, Path]) -> Path:
         raise FolderError("No folder is chosen: pick one from the list.")
     first = next(iter(roots.values()))
     place = roots[named.parts[0]].joinpath(*named.parts[1:]) if named.parts[0] in roots else first / named
+    place = Path(os.path.abspath(place))
     if not is_inside(place, roots.values()):
         raise FolderError(
             f"The folder {text!r} lies outside ComfyUI's {' and '.join(roots)} folders, and only those are read: "
@@ -162,10 +163,10 @@ def _child_folders(folder: str) -> list[str]:
     return names
 
 
-def natural(name: str) -> tuple[list[list[str | int]], str]:
-    """Sort key: 2 before 10, capitals beside small letters, folder by folder."""
-    parts = [re.split(r"(\d+)", part.casefold()) for part in name.split("/")]
-    return [[int(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], name
+def natural(name: str) -> tuple:
+    """Sort key: 2 before 10, capitals beside small letters, `a.png` before `a1.png`, folder by folder."""
+    parts = [piece for part in name.casefold().split("/") for piece in os.path.splitext(part)]
+    return [[int(s) if i % 2 else s for i, s in enumerate(re.split(r"(\d+)", part))] for part in parts], name
 
 
 def _hidden(name: str) -> bool:
@@ -334,7 +335,7 @@ def _grey(picture: Image.Image, top: int) -> np.ndarray:
     """(H, W, 3) in 0..1 of one channel that runs from 0 to `top`; Pillow's own conversion would clip it at 255."""
     values = np.array(picture, dtype=np.float32) / top
     low, high = values.min(), values.max()
-    if not (-0.001 <= low and high <= 1.001):  # NaN, too
+    if not (-1e-5 <= low and high <= 1 + 1e-5):  # rounding; NaN is refused, too
         raise Unreadable(
             f"its values run from {low * top:g} to {high * top:g} instead of 0 to {top}; save it with 8 or 16 bits"
         )

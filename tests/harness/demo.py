@@ -39,15 +39,21 @@ def main(argv: list[str]) -> int:
     return 0 if result.status == "success" else 1
 
 
-# >>> To be settled with the node's inputs: which class loads a person's folder, and which node it replaces.
 def use_folder(prompt: dict[str, dict], folder: str) -> None:
-    """Let the graph learn from a folder under ComfyUI's input directory instead of painted pictures."""
-    painted = [node for node in prompt.values() if node["class_type"] == "CounterpointPocketPictures"]
-    for node in painted:
-        node.update(class_type="CounterpointLoadDataset", inputs={"folder": folder})
-
-
-# <<<
+    """Let the graph learn from a folder in ComfyUI's input directory where it learned from painted pictures; the two
+    nodes have images, captions and masks in the same places."""
+    inputs = {
+        "folder": f"input/{folder}",
+        "recursive": True,
+        "size": 128,  # Pocket's own
+        "limit": 24,
+        "caption_when_missing": "",
+        "background": "#ffffff",
+        "alpha_as_mask": False,
+    }
+    for node in prompt.values():
+        if node["class_type"] == "CounterpointPocketPictures":
+            node.update(class_type="CounterpointLoadDataset", inputs=inputs)
 
 
 class Narrator:

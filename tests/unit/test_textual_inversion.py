@@ -99,7 +99,7 @@ def same(a, b) -> bool:
 
 
 def slow_gradient(trainer, latents, noise, sigma, captions, at) -> dict[str, torch.Tensor]:
-    leaves = {key: v.double().clone().requires_grad_() for key, v in at.items()}
+    leaves = {key: v.detach().double().clone().requires_grad_() for key, v in at.items()}
     cond = TinyText().encode(captions, [leaves] * len(captions))
     error = TinyModel().error(latents.double(), noise.double(), sigma.double(), cond)
     snr = sigma.double() ** -2
