@@ -80,7 +80,9 @@ class ComfyDenoiser:
         signal = self.sampling.noise_scaling(sigma, zero.clone(), one.clone())
         return (signal / self.sampling.noise_scaling(sigma, one.clone(), zero.clone())) ** 2
 
-    def error(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    def error(
+        self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, cond: Conditioning
+    ) -> torch.Tensor:
         noisy = self.sampling.noise_scaling(sigma.view(-1, *[1] * (latents.ndim - 1)), noise, latents)
         denoised = self.base.apply_model(noisy, sigma, transformer_options={}, **self._conditions(noisy, cond))
         # Every parameterisation is linear in what the network says; its slope turns an error of x0 into one of its own.
@@ -142,7 +144,9 @@ def spell(caption: str, name: str) -> str:
 
 def encoder_tokenizers(clip) -> dict[str, object]:
     """ComfyUI's tokenizers of a CLIP by the embedding key of their encoder ("clip_l", "clip_g", "t5xxl"...)."""
-    parts = [t for t in vars(clip.tokenizer).values() if hasattr(t, "embedding_key") and hasattr(t, "_try_get_embedding")]
+    parts = [
+        t for t in vars(clip.tokenizer).values() if hasattr(t, "embedding_key") and hasattr(t, "_try_get_embedding")
+    ]
     if not parts:
         raise ValueError(f"This CLIP ({type(clip.tokenizer).__name__}) has no encoder that takes learned words.")
     return {t.embedding_key: t for t in parts}
@@ -183,7 +187,9 @@ def starting_vectors(clip, phrase: str, count: int) -> Vectors:
         end = -1 if tokenizer.tokenizer_adds_end_token else None
         ids = tokenizer.tokenizer(phrase)["input_ids"][tokenizer.tokens_start : end]
         if not ids:
-            raise ValueError(f"The initialiser {phrase!r} has no word that {key} knows: use a plain word such as 'picture'.")
+            raise ValueError(
+                f"The initialiser {phrase!r} has no word that {key} knows: use a plain word such as 'picture'."
+            )
         table = encoder_module(clip, key).transformer.get_input_embeddings().weight
         vectors[key] = torch.stack([plain(table[ids[i % len(ids)]]).float() for i in range(count)])
     return vectors
@@ -238,7 +244,11 @@ def fingerprint(thing) -> str:
     module = patcher.model
     digest = hashlib.sha256(type(module).__name__.encode())
     config = getattr(getattr(module, "model_config", None), "unet_config", None)
-    digest.update(json.dumps({k: str(v) for k, v in (config or {}).items() if k not in ("dtype", "device")}, sort_keys=True).encode())
+    digest.update(
+        json.dumps(
+            {k: str(v) for k, v in (config or {}).items() if k not in ("dtype", "device")}, sort_keys=True
+        ).encode()
+    )
     parameters = sorted(module.named_parameters(), key=lambda item: (item[1].numel(), item[0]))
     for name, p in parameters[:: max(1, len(parameters) // 12)]:
         digest.update(name.encode() + _bytes(p))

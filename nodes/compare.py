@@ -14,7 +14,9 @@ MOST = 12
 class CompareGrid(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        rows = io.Autogrow.TemplatePrefix(io.Image.Input("row", tooltip="The pictures of 1 row: a batch or a list."), prefix="row", min=1, max=MOST)
+        rows = io.Autogrow.TemplatePrefix(
+            io.Image.Input("row", tooltip="The pictures of 1 row: a batch or a list."), prefix="row", min=1, max=MOST
+        )
         return io.Schema(
             node_id="CounterpointCompareGrid",
             display_name="Compare Grid",
@@ -24,12 +26,26 @@ class CompareGrid(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Autogrow.Input("rows", template=rows, tooltip=f"Up to {MOST} rows; a new socket appears when one is connected."),
+                io.Autogrow.Input(
+                    "rows", template=rows, tooltip=f"Up to {MOST} rows; a new socket appears when one is connected."
+                ),
                 io.String.Input("labels", default="", multiline=True, tooltip="1 line for each row, in order."),
                 io.String.Input("title", default="", tooltip="1 line above everything."),
-                io.Int.Input("columns", default=8, min=0, max=64, tooltip="Longer rows are broken after so many pictures, 8 by default; 0 never breaks."),
+                io.Int.Input(
+                    "columns",
+                    default=8,
+                    min=0,
+                    max=64,
+                    tooltip="Longer rows are broken after so many pictures, 8 by default; 0 never breaks.",
+                ),
                 io.Int.Input("most", default=0, min=0, max=1000, tooltip="Pictures shown of each row; 0 shows all."),
-                io.Int.Input("scale", default=1, min=1, max=8, tooltip="Enlarges each picture without smoothing, 1 to 8 times: 2 suits Pocket's 128 pixels."),
+                io.Int.Input(
+                    "scale",
+                    default=1,
+                    min=1,
+                    max=8,
+                    tooltip="Enlarges each picture without smoothing, 1 to 8 times: 2 suits Pocket's 128 pixels.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="sheet", tooltip="One picture with all rows.")],
         )

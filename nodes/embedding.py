@@ -28,12 +28,20 @@ class UseEmbedding(io.ComfyNode):
             "for a saved one.",
             search_aliases=["textual inversion", "apply embedding"],
             inputs=[
-                io.Clip.Input("clip", tooltip="From the checkpoint the word was learned on, or a close relative of it; 1 CLIP."),
+                io.Clip.Input(
+                    "clip", tooltip="From the checkpoint the word was learned on, or a close relative of it; 1 CLIP."
+                ),
                 EmbeddingType.Input("embedding", tooltip="From Train Embedding or Load Embedding."),
-                io.String.Input("name", default="my-style", tooltip="What the word is called in prompts: embedding:my-style. 1 word of letters, digits, - _ ."),
+                io.String.Input(
+                    "name",
+                    default="my-style",
+                    tooltip="What the word is called in prompts: embedding:my-style. 1 word of letters, digits, - _ .",
+                ),
             ],
             outputs=[
-                io.Clip.Output(display_name="CLIP", tooltip="Knows embedding:NAME; the CLIP that came in does not change."),
+                io.Clip.Output(
+                    display_name="CLIP", tooltip="Knows embedding:NAME; the CLIP that came in does not change."
+                ),
                 io.String.Output(display_name="word", tooltip="embedding:NAME, to be put into prompts by other nodes."),
             ],
         )
@@ -57,8 +65,16 @@ class SaveEmbedding(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 EmbeddingType.Input("embedding", tooltip="From Train Embedding."),
-                io.String.Input("name", default="my-style", tooltip="File name without ending; prompts then say embedding:my-style. 1 word of letters, digits, - _ ."),
-                io.Image.Input("preview", optional=True, tooltip="A picture to lie beside the file; the first (1) of a batch is taken."),
+                io.String.Input(
+                    "name",
+                    default="my-style",
+                    tooltip="File name without ending; prompts then say embedding:my-style. 1 word of letters, digits, - _ .",
+                ),
+                io.Image.Input(
+                    "preview",
+                    optional=True,
+                    tooltip="A picture to lie beside the file; the first (1) of a batch is taken.",
+                ),
             ],
             outputs=[io.String.Output(display_name="name", tooltip="The name it was saved under.")],
         )
@@ -91,7 +107,9 @@ def _refuse_elsewhere(name: str, root: Path) -> None:
     for file in folder_paths.get_filename_list("embeddings"):
         full = Path(folder_paths.get_full_path("embeddings", file))
         if full.stem == name and full.parent.resolve() != root.resolve():
-            raise ValueError(f"An embedding named {name!r} exists in {full.parent}, and ComfyUI would pick one of the two: choose another name.")
+            raise ValueError(
+                f"An embedding named {name!r} exists in {full.parent}, and ComfyUI would pick one of the two: choose another name."
+            )
 
 
 class LoadEmbedding(io.ComfyNode):
@@ -104,9 +122,18 @@ class LoadEmbedding(io.ComfyNode):
             description="A saved word, from models/embeddings, or a snapshot of a training run.",
             search_aliases=["textual inversion", "snapshot", "checkpoint"],
             inputs=[
-                io.Combo.Input("embedding", options=sources(), tooltip="A file in models/embeddings, or run: a step of a run; .safetensors only, 1 of them."),
+                io.Combo.Input(
+                    "embedding",
+                    options=sources(),
+                    tooltip="A file in models/embeddings, or run: a step of a run; .safetensors only, 1 of them.",
+                ),
             ],
-            outputs=[EmbeddingType.Output(display_name="embedding", tooltip="To Use Embedding; files in models/embeddings also work by name alone.")],
+            outputs=[
+                EmbeddingType.Output(
+                    display_name="embedding",
+                    tooltip="To Use Embedding; files in models/embeddings also work by name alone.",
+                )
+            ],
         )
 
     @classmethod
@@ -142,7 +169,9 @@ def source_file(choice: str) -> Path:
         return Path(folder_paths.get_full_path_or_raise("embeddings", choice))
     file = (_runs() / choice.removeprefix(RUN)).resolve()
     if _runs().resolve() not in file.parents or not file.exists():
-        raise FileNotFoundError(f"There is no {choice!r} in output/counterpoint: press R to refresh the list and choose again.")
+        raise FileNotFoundError(
+            f"There is no {choice!r} in output/counterpoint: press R to refresh the list and choose again."
+        )
     return file
 
 

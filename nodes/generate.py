@@ -58,17 +58,32 @@ def generate_set(model, clip, vae, prompts: list[str], recipe: Recipe, name: str
     """
     if not prompts:
         raise ValueError("There are no prompts to paint: connect captions, or type one prompt per line.")
-    encoded = {p: clip.encode_from_tokens_scheduled(clip.tokenize(p)) for p in dict.fromkeys([*prompts, recipe.negative])}
+    encoded = {
+        p: clip.encode_from_tokens_scheduled(clip.tokenize(p)) for p in dict.fromkeys([*prompts, recipe.negative])
+    }
     # What the prompts mean, rather than which CLIP reads them: a learned word may come from memory or from a file.
-    config = {"prompts": _hash(prompts, encoded), **asdict(recipe), "model": fingerprint(model), "vae": fingerprint(vae)}
+    config = {
+        "prompts": _hash(prompts, encoded),
+        **asdict(recipe),
+        "model": fingerprint(model),
+        "vae": fingerprint(vae),
+    }
     folder = set_folder(name, kind, config)
     with Run(folder, config) as run:
         files = [run.folder / f"{i:05d}.png" for i in range(len(prompts))]
         missing = [i for i, f in enumerate(files) if not f.exists()]
         if len(missing) < len(prompts):
-            log.info("%s: %d of %d pictures are on disk and are used again.", folder.name, len(prompts) - len(missing), len(prompts))
+            log.info(
+                "%s: %d of %d pictures are on disk and are used again.",
+                folder.name,
+                len(prompts) - len(missing),
+                len(prompts),
+            )
         _paint(model, vae, prompts, encoded, recipe, files, missing, batch or _fitting_batch(model, recipe))
-        manifest = {"recipe": asdict(recipe), "pictures": [{"file": f.name, "prompt": p} for f, p in zip(files, prompts, strict=True)]}
+        manifest = {
+            "recipe": asdict(recipe),
+            "pictures": [{"file": f.name, "prompt": p} for f, p in zip(files, prompts, strict=True)],
+        }
         artefact.write_whole(run.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     return [read_picture(f) for f in files], folder
 
@@ -107,7 +122,9 @@ def _fitting_batch(model, recipe: Recipe) -> int:
     return 1
 
 
-def _paint(model, vae, prompts: list[str], encoded: dict, recipe: Recipe, files: list[Path], missing: list[int], batch: int) -> None:
+def _paint(
+    model, vae, prompts: list[str], encoded: dict, recipe: Recipe, files: list[Path], missing: list[int], batch: int
+) -> None:
     groups: dict[int, list[int]] = {}
     for i in missing:  # only prompts of equal token length can share a batch
         groups.setdefault(encoded[prompts[i]][0][0].shape[1], []).append(i)
@@ -120,7 +137,9 @@ def _paint(model, vae, prompts: list[str], encoded: dict, recipe: Recipe, files:
             preview = previewer.decode_latent_to_preview(x0) if previewer else None
             reporter.update(Progress(number * recipe.steps + step + 1, len(batches) * recipe.steps, {}, 0, 0), preview)
 
-        pictures = vae.decode(sample(model, [encoded[prompts[i]] for i in rows], encoded[recipe.negative], recipe, rows, tell))
+        pictures = vae.decode(
+            sample(model, [encoded[prompts[i]] for i in rows], encoded[recipe.negative], recipe, rows, tell)
+        )
         for i, picture in zip(rows, pictures, strict=True):
             write_picture(files[i], picture, prompts[i])
 
@@ -130,7 +149,9 @@ def sample(model, positives: list, negative, recipe: Recipe, numbers: list[int],
     scale = model.get_model_object("latent_format").spacial_downscale_ratio
     empty = torch.zeros(len(numbers), 4, recipe.height // scale, recipe.width // scale)
     latents = comfy.sample.fix_empty_latent_channels(model, empty)
-    noise = torch.cat([torch.randn(latents[:1].shape, generator=torch.Generator().manual_seed(recipe.seed + i)) for i in numbers])
+    noise = torch.cat(
+        [torch.randn(latents[:1].shape, generator=torch.Generator().manual_seed(recipe.seed + i)) for i in numbers]
+    )
     return comfy.sample.sample(
         model, noise, recipe.steps, recipe.cfg, recipe.sampler, recipe.scheduler, together(positives), negative, latents,
         callback=tell, disable_pbar=True, seed=recipe.seed,
@@ -150,27 +171,57 @@ def recipe_inputs() -> list:
     """The inputs that Generate Set and its presets share, in order."""
     size = "0 takes the model's own size: 128 for Pocket, 512 for SD 1.5, 1024 for SDXL."
     return [
-        io.String.Input("negative", default="", multiline=True, tooltip="What should not be in any picture; empty for Pocket. 1 prompt for all."),
+        io.String.Input(
+            "negative",
+            default="",
+            multiline=True,
+            tooltip="What should not be in any picture; empty for Pocket. 1 prompt for all.",
+        ),
         io.Int.Input("width", default=0, min=0, max=8192, step=8, tooltip=f"Pixels. {size}"),
         io.Int.Input("height", default=0, min=0, max=8192, step=8, tooltip=f"Pixels. {size}"),
         io.Int.Input("seed", default=1, min=0, max=2**53, tooltip="Picture number i uses seed + i, counted from 0."),
-        io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps per picture; 20 is enough for most models."),
-        io.Float.Input("cfg", default=4.0, min=0.0, max=30.0, step=0.1, tooltip="How strictly the prompt is followed: 4 for Pocket, 7 for SD 1.5."),
-        io.Combo.Input("sampler", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="One of ComfyUI's samplers."),
-        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="One of ComfyUI's noise schedules."),
+        io.Int.Input(
+            "steps", default=20, min=1, max=200, tooltip="Sampling steps per picture; 20 is enough for most models."
+        ),
+        io.Float.Input(
+            "cfg",
+            default=4.0,
+            min=0.0,
+            max=30.0,
+            step=0.1,
+            tooltip="How strictly the prompt is followed: 4 for Pocket, 7 for SD 1.5.",
+        ),
+        io.Combo.Input(
+            "sampler", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="One of ComfyUI's samplers."
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=comfy.samplers.KSampler.SCHEDULERS,
+            default="normal",
+            tooltip="One of ComfyUI's noise schedules.",
+        ),
         io.String.Input(
             "name",
             default="",
             tooltip="Folder under ComfyUI's output; empty makes one from the settings (8 characters of their hash). "
             "What is there already is used again, and another set is never overwritten.",
         ),
-        io.Int.Input("batch", default=0, min=0, max=64, advanced=True, tooltip="Pictures painted at once; 0 takes what fits in memory, 16 at most."),
+        io.Int.Input(
+            "batch",
+            default=0,
+            min=0,
+            max=64,
+            advanced=True,
+            tooltip="Pictures painted at once; 0 takes what fits in memory, 16 at most.",
+        ),
     ]
 
 
 def set_outputs() -> list:
     return [
-        io.Image.Output(display_name="images", is_output_list=True, tooltip="The pictures, in the order of the prompts."),
+        io.Image.Output(
+            display_name="images", is_output_list=True, tooltip="The pictures, in the order of the prompts."
+        ),
         io.String.Output(display_name="prompts", is_output_list=True, tooltip="The prompt of each picture."),
         io.String.Output(display_name="folder", tooltip="Where they lie: PNG, .txt and manifest.json."),
     ]
@@ -178,12 +229,26 @@ def set_outputs() -> list:
 
 def _recipe(model, v: dict) -> Recipe:
     native = native_size(model)
-    return Recipe(v["negative"], v["width"] or native, v["height"] or native, v["seed"], v["steps"], v["cfg"], v["sampler"], v["scheduler"])
+    return Recipe(
+        v["negative"],
+        v["width"] or native,
+        v["height"] or native,
+        v["seed"],
+        v["steps"],
+        v["cfg"],
+        v["sampler"],
+        v["scheduler"],
+    )
 
 
 def _output(cls, images, prompts, folder: Path) -> io.NodeOutput:
     root = Path(folder_paths.get_output_directory()).resolve()
-    return io.NodeOutput(images, prompts, folder.relative_to(root).as_posix(), ui=ui.PreviewText(f"{len(images)} pictures in output/{folder.name}"))
+    return io.NodeOutput(
+        images,
+        prompts,
+        folder.relative_to(root).as_posix(),
+        ui=ui.PreviewText(f"{len(images)} pictures in output/{folder.name}"),
+    )
 
 
 class GenerateSet(io.ComfyNode):
@@ -212,8 +277,12 @@ class GenerateSet(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, vae, prompts, per_prompt, **rest) -> io.NodeOutput:
         values = {k: v[0] for k, v in rest.items()}
-        lines = [line.strip() for text in prompts for line in text.splitlines() if line.strip() for _ in range(per_prompt[0])]
-        images, folder = generate_set(model[0], clip[0], vae[0], lines, _recipe(model[0], values), values["name"], "generate-set", values["batch"])
+        lines = [
+            line.strip() for text in prompts for line in text.splitlines() if line.strip() for _ in range(per_prompt[0])
+        ]
+        images, folder = generate_set(
+            model[0], clip[0], vae[0], lines, _recipe(model[0], values), values["name"], "generate-set", values["batch"]
+        )
         return _output(cls, images, lines, folder)
 
 
@@ -232,7 +301,11 @@ class NegativeSet(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model you will train on; 1 for all."),
                 io.Clip.Input("clip", tooltip="From the same checkpoint."),
                 io.Vae.Input("vae", tooltip="From the same checkpoint."),
-                io.String.Input("captions", force_input=True, tooltip="What is in each of your pictures, 1 caption each, with no word about the style."),
+                io.String.Input(
+                    "captions",
+                    force_input=True,
+                    tooltip="What is in each of your pictures, 1 caption each, with no word about the style.",
+                ),
                 io.String.Input(
                     "template",
                     default="{caption} in the style of {generic}",
@@ -252,14 +325,25 @@ class NegativeSet(io.ComfyNode):
     def validate_inputs(cls, template):
         (text,) = template  # a list, as everything that a node with is_input_list gets
         missing = [w for w in ("{caption}", "{generic}") if w not in text]
-        return f"The template needs {' and '.join(missing)}, as in '{{caption}} in the style of {{generic}}'." if missing else True
+        return (
+            f"The template needs {' and '.join(missing)}, as in '{{caption}} in the style of {{generic}}'."
+            if missing
+            else True
+        )
 
     @classmethod
     def execute(cls, model, clip, vae, captions, template, generic, **rest) -> io.NodeOutput:
         values = {k: v[0] for k, v in rest.items()}
         prompts = [template[0].replace("{caption}", c.strip()).replace("{generic}", generic[0]) for c in captions]
         images, folder = generate_set(
-            model[0], clip[0], vae[0], prompts, _recipe(model[0], values), values["name"], "negative-set", values["batch"]
+            model[0],
+            clip[0],
+            vae[0],
+            prompts,
+            _recipe(model[0], values),
+            values["name"],
+            "negative-set",
+            values["batch"],
         )
         return _output(cls, images, prompts, folder)
 

@@ -31,8 +31,14 @@ class LoadPocketModels(io.ComfyNode):
             search_aliases=["toy model", "tiny model", "counterpoint", "checkpoint loader"],
             inputs=[],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="Paints 128 x 128 pictures; CFG 3 and 20 euler steps are its defaults."),
-                io.Clip.Output(display_name="CLIP", tooltip="Knows about 90 words: 8 shapes, 8 colours, 6 patterns, 6 places, 10 styles."),
+                io.Model.Output(
+                    display_name="MODEL",
+                    tooltip="Paints 128 x 128 pictures; CFG 3 and 20 euler steps are its defaults.",
+                ),
+                io.Clip.Output(
+                    display_name="CLIP",
+                    tooltip="Knows about 90 words: 8 shapes, 8 colours, 6 patterns, 6 places, 10 styles.",
+                ),
                 io.Vae.Output(display_name="VAE", tooltip="128 x 128 pixels to 16 x 16 latents and back."),
                 io.ClipVision.Output(display_name="CLIP_VISION", tooltip="Sees 128 x 128 pictures; 128 numbers each."),
             ],
@@ -70,10 +76,24 @@ class PocketPictures(io.ComfyNode):
                     default=next(iter(STYLES)),
                     tooltip="The style they are all in. The held-out ones were never shown to the models: they are there to be learned.",
                 ),
-                io.Combo.Input("shape", options=_menu("shape"), default=ANY, tooltip="One shape for all, or any of the 8."),
-                io.Combo.Input("colour", options=_menu("colour"), default=ANY, tooltip="One colour for all, or any of the 8."),
-                io.Combo.Input("pattern", options=_menu("pattern"), default=ANY, tooltip="One surface pattern for all, or any of the 6."),
-                io.Combo.Input("background", options=_menu("background"), default=ANY, tooltip="One place for all, or any of the 6."),
+                io.Combo.Input(
+                    "shape", options=_menu("shape"), default=ANY, tooltip="One shape for all, or any of the 8."
+                ),
+                io.Combo.Input(
+                    "colour", options=_menu("colour"), default=ANY, tooltip="One colour for all, or any of the 8."
+                ),
+                io.Combo.Input(
+                    "pattern",
+                    options=_menu("pattern"),
+                    default=ANY,
+                    tooltip="One surface pattern for all, or any of the 6.",
+                ),
+                io.Combo.Input(
+                    "background",
+                    options=_menu("background"),
+                    default=ANY,
+                    tooltip="One place for all, or any of the 6.",
+                ),
                 io.Combo.Input(
                     "captions",
                     options=["content", "content and style", "varied"],
@@ -81,13 +101,24 @@ class PocketPictures(io.ComfyNode):
                     tooltip="content: what is in the picture and nothing about its style, as for training a style. varied: the ways "
                     "Pocket's text encoder was taught, about 20 % with something left out.",
                 ),
-                io.Int.Input("seed", default=1, min=0, max=2**31, control_after_generate=False, tooltip="The same seed paints the same pictures, 0 and up."),
+                io.Int.Input(
+                    "seed",
+                    default=1,
+                    min=0,
+                    max=2**31,
+                    control_after_generate=False,
+                    tooltip="The same seed paints the same pictures, 0 and up.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", is_output_list=True, tooltip="One picture of 128 x 128 each."),
                 io.String.Output(display_name="captions", is_output_list=True, tooltip="One caption for each picture."),
                 io.Mask.Output(display_name="masks", is_output_list=True, tooltip="1 where the object is."),
-                io.Image.Output(display_name="depth", is_output_list=True, tooltip="Near is white, far is black, over 2 to 12 world units."),
+                io.Image.Output(
+                    display_name="depth",
+                    is_output_list=True,
+                    tooltip="Near is white, far is black, over 2 to 12 world units.",
+                ),
             ],
         )
 
@@ -99,7 +130,9 @@ class PocketPictures(io.ComfyNode):
         scenes = sample_scenes(count, seed, **fixed)
         said = {
             "content": lambda i: grammar.content(scenes, i),
-            "content and style": lambda i: f"{grammar.content(scenes, i)}, {grammar.factor_words(scenes.combination(i))}",
+            "content and style": lambda i: (
+                f"{grammar.content(scenes, i)}, {grammar.factor_words(scenes.combination(i))}"
+            ),
             "varied": grammar.captions(scenes, seed).__getitem__,
         }[captions]
         painting = [paint(scenes[i : i + 50]) for i in range(0, count, 50)]
@@ -108,7 +141,10 @@ class PocketPictures(io.ComfyNode):
         depth = 1 - ((torch.cat([p.depth for p in painting]) - 2) / 10).clamp(0, 1)
         depth = depth[..., None].expand(-1, -1, -1, 3)
         return io.NodeOutput(
-            [i[None] for i in images], [said(i) for i in range(count)], [m[None] for m in masks], [d[None].contiguous() for d in depth]
+            [i[None] for i in images],
+            [said(i) for i in range(count)],
+            [m[None] for m in masks],
+            [d[None].contiguous() for d in depth],
         )
 
 
@@ -125,15 +161,27 @@ class PocketJudge(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="Pictures to look at: a batch, a list, or both; 64 or more give a figure worth having."),
-                io.Combo.Input("style", options=[ANY, *STYLES], default=ANY, tooltip="The style they should be in: 3 factors are compared."),
+                io.Image.Input(
+                    "images",
+                    tooltip="Pictures to look at: a batch, a list, or both; 64 or more give a figure worth having.",
+                ),
+                io.Combo.Input(
+                    "style",
+                    options=[ANY, *STYLES],
+                    default=ANY,
+                    tooltip="The style they should be in: 3 factors are compared.",
+                ),
                 io.Combo.Input(
                     "object",
                     options=_menu("shape"),
                     default=ANY,
                     tooltip="The object that should NOT have been learned with the style; by chance it shows in 1 of 8 pictures.",
                 ),
-                io.String.Input("label", default="", tooltip="What the line is called in the report, for example: contrastive, token alone."),
+                io.String.Input(
+                    "label",
+                    default="",
+                    tooltip="What the line is called in the report, for example: contrastive, token alone.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="One line in words, with 95 % intervals."),
@@ -156,7 +204,9 @@ class PocketJudge(io.ComfyNode):
             text = "most often: " + ", ".join(f"{k} {v}" for k, v in common.items())
             return _said(label[0], len(pictures), text, common)
         shares = {k: (v.float().mean().item(), *wilson(int(v.sum()), len(v))) for k, v in rows.items()}
-        text = ", ".join(f"{k} {100 * p:.0f} % ({100 * low:.0f} to {100 * high:.0f})" for k, (p, low, high) in shares.items())
+        text = ", ".join(
+            f"{k} {100 * p:.0f} % ({100 * low:.0f} to {100 * high:.0f})" for k, (p, low, high) in shares.items()
+        )
         return _said(label[0], len(pictures), text, shares)
 
 

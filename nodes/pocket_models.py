@@ -114,7 +114,9 @@ def read_part(part: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Weights (float32) and metadata of models/pocket-<part>.safetensors, of this version of the world only."""
     file = MODELS / f"pocket-{part}.safetensors"
     if not file.exists():
-        raise FileNotFoundError(f"{file.name} is missing from the pack's models folder: install the pack again, or run `python dev.py pocket`.")
+        raise FileNotFoundError(
+            f"{file.name} is missing from the pack's models folder: install the pack again, or run `python dev.py pocket`."
+        )
     tensors, metadata = artefact.read(file)
     if metadata.get("pocket_version") != VERSION:
         raise ValueError(
@@ -133,7 +135,11 @@ def load_model(disable_dynamic: bool = False):
     model = config.get_model({}, "", device=comfy.model_management.unet_offload_device())
     model.load_model_weights(weights, "")
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = kind(model, load_device=comfy.model_management.get_torch_device(), offload_device=comfy.model_management.unet_offload_device())
+    patcher = kind(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
     patcher.cached_patcher_init = (load_model, ())
     return patcher
 
@@ -147,7 +153,9 @@ def load_clip():
     weights["text_model.embeddings.token_embedding.weight"] = table
     target = comfy.supported_models_base.ClipTarget(
         functools.partial(SD1Tokenizer, tokenizer=functools.partial(SDTokenizer, embedding_size=WIDTH)),
-        functools.partial(SD1ClipModel, clip_model=SDClipModel),  # its pooled output is projected, as the vision tower's
+        functools.partial(
+            SD1ClipModel, clip_model=SDClipModel
+        ),  # its pooled output is projected, as the vision tower's
     )
     return comfy.sd.CLIP(
         target,
@@ -171,7 +179,9 @@ def load_vision():
     vision = comfy.clip_vision.ClipVisionModel(dict(VISION_CONFIG))
     missing, unexpected = vision.load_sd(weights)
     if missing or unexpected:
-        raise ValueError(f"pocket-vision.safetensors does not fit this ComfyUI's CLIP vision model (missing {missing}, unexpected {unexpected}).")
+        raise ValueError(
+            f"pocket-vision.safetensors does not fit this ComfyUI's CLIP vision model (missing {missing}, unexpected {unexpected})."
+        )
     return vision
 
 

@@ -28,16 +28,22 @@ from ..training.pocket import clip, grammar, judge, pictures, unet, vae
 from ..training.pocket.fit import Fit, initialise, processes, rank
 from ..training.run import Run
 from ..training.sheet import save_sheet
-from . import pocket_models
+from . import pocket_card, pocket_models
 
 ROOT = Path(__file__).resolve().parents[1]
 log = logging.getLogger("counterpoint.pocket")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dev.py pocket", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="default: all, in order")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".dev" / "pocket", help="where runs and pictures are kept")
+    parser = argparse.ArgumentParser(
+        prog="dev.py pocket", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="default: all, in order"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / ".dev" / "pocket", help="where runs and pictures are kept"
+    )
     parser.add_argument("--rank", type=int, help="this process of two; without it one process does everything")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
@@ -46,7 +52,11 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(1)
         store = options.folder / f"processes-{os.getppid()}"  # both are children of the same dev.py
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store.as_posix()}", rank=options.rank, world_size=2, timeout=datetime.timedelta(hours=2)
+            "gloo",
+            init_method=f"file://{store.as_posix()}",
+            rank=options.rank,
+            world_size=2,
+            timeout=datetime.timedelta(hours=2),
         )
     try:
         for stage in options.stages:
@@ -61,7 +71,11 @@ def main(argv: list[str]) -> None:
 
 def fit(folder: Path, name: str, trainer: Fit, config: dict) -> None:
     """Run the loop on a trainer; only the first process writes, all resume from what it wrote."""
-    run = Run(folder / name, {"stage": name, "world": pictures.VERSION, **config}, {"steps": trainer.steps, "processes": processes()})
+    run = Run(
+        folder / name,
+        {"stage": name, "world": pictures.VERSION, **config},
+        {"steps": trainer.steps, "processes": processes()},
+    )
     stored = run.load_checkpoint()
     start = stored[0] if stored else 0
     if stored:
@@ -124,7 +138,11 @@ def train_decoder(folder: Path) -> None:
 
 def ship_vae(module: torch.nn.Module, images: torch.Tensor) -> None:
     if rank() == 0:
-        ship("vae", half(module.state_dict()), preview_factors=preview_factors(vae.encode(module, images[:500]), images[:500]))
+        ship(
+            "vae",
+            half(module.state_dict()),
+            preview_factors=preview_factors(vae.encode(module, images[:500]), images[:500]),
+        )
     barrier()
 
 
@@ -144,7 +162,9 @@ def report_vae(folder: Path, module: torch.nn.Module, name: str) -> None:
     z = vae.encode(module, held_out[:400])
     y = vae.decode(module, z)
     db = vae.psnr(x, y)
-    by_stroke = {s: round(db[scenes.stroke[:400] == i].mean().item(), 1) for i, s in enumerate(pictures.ATTRIBUTES["stroke"])}
+    by_stroke = {
+        s: round(db[scenes.stroke[:400] == i].mean().item(), 1) for i, s in enumerate(pictures.ATTRIBUTES["stroke"])
+    }
     log.info("%s: %.2f dB on 400 held-out pictures, by stroke %s; latent std %s", name, db.mean(), by_stroke,
              [round(v, 2) for v in z.std((0, 2, 3)).tolist()])  # fmt: skip
     save_sheet(folder / name / "sheet.png", torch.stack([x[:32], y[:32]], 1).flatten(0, 1), 16)
@@ -169,7 +189,11 @@ def train_clip(folder: Path) -> None:
         held_out, held_scenes = pictures.load(folder, "held out")
         seen = clip.accuracy(pair, held_out, held_scenes, *vocabulary.read(folder, "held out", held_scenes, variants=1))
         log.info("clip: %s", {k: round(v, 3) for k, v in seen.items()})
-        text = {**half(pair.text.state_dict()), "token_rows": pair.rows.detach().half(), "token_ids": vocabulary.ids.int()}
+        text = {
+            **half(pair.text.state_dict()),
+            "token_rows": pair.rows.detach().half(),
+            "token_ids": vocabulary.ids.int(),
+        }
         del text["text_model.embeddings.token_embedding.weight"]
         ship("text", text)
         ship("vision", half(pair.vision.state_dict()))
@@ -238,12 +262,18 @@ def train_judge(folder: Path) -> None:
         held_out, held_scenes = pictures.load(folder, "judge held out")
         x = held_out.float() / 255
         for name, pictures_seen in (("real", x), ("rebuilt", vae.decode(module, vae.encode(module, held_out)))):
-            log.info("judge on %s pictures: %s", name, {k: round(v, 3) for k, v in judge.accuracy(network, pictures_seen, held_scenes).items()})
+            log.info(
+                "judge on %s pictures: %s",
+                name,
+                {k: round(v, 3) for k, v in judge.accuracy(network, pictures_seen, held_scenes).items()},
+            )
 
 
 def shipped_vae() -> torch.nn.Module:
     module = pocket_models.vae_module()
-    module.load_state_dict({k: v.float() for k, v in artefact.read(pocket_models.MODELS / "pocket-vae.safetensors")[0].items()})
+    module.load_state_dict(
+        {k: v.float() for k, v in artefact.read(pocket_models.MODELS / "pocket-vae.safetensors")[0].items()}
+    )
     return module.eval().requires_grad_(False)
 
 
@@ -280,4 +310,18 @@ def text_encoder(words: int):
     return lambda w, n: pair.encode_text(w, n)[0]
 
 
-STAGES = {"pictures": paint_pictures, "vae": train_vae, "clip": train_clip, "judge": train_judge, "unet": train_unet, "decoder": train_decoder}
+def write_card(folder: Path) -> None:
+    if rank() == 0:
+        pocket_card.write(folder)
+    barrier()
+
+
+STAGES = {
+    "pictures": paint_pictures,
+    "vae": train_vae,
+    "clip": train_clip,
+    "judge": train_judge,
+    "unet": train_unet,
+    "decoder": train_decoder,
+    "card": write_card,
+}

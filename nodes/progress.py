@@ -82,7 +82,10 @@ def register_routes() -> None:
         if not isinstance(said, dict) or not {"prompt_id", "node_id"} <= said.keys():
             return web.json_response({"error": "Finish now needs a prompt_id and a node_id."}, status=400)
         address = str(said["prompt_id"]), str(said["node_id"])
-        if address != (getattr(server(), "last_prompt_id", None), server().last_node_id):  # not set before the first prompt
+        if address != (
+            getattr(server(), "last_prompt_id", None),
+            server().last_node_id,
+        ):  # not set before the first prompt
             return web.json_response({"error": "This node is not training now."}, status=409)
         finish(*address)
         return web.json_response({"finishing": True})

@@ -43,7 +43,9 @@ from .progress import Reporter
 CATEGORY = "Counterpoint/embedding"
 EmbeddingType = io.Custom("EMBEDDING")
 CAPTION_USES = ("template", "caption", "dropout")
-ACTIVATIONS_OVER_SAMPLING = 6  # memory of a training pass over what ComfyUI estimates for a sampling pass of the same batch
+ACTIVATIONS_OVER_SAMPLING = (
+    6  # memory of a training pass over what ComfyUI estimates for a sampling pass of the same batch
+)
 CURVE_POINTS = 500
 
 
@@ -72,7 +74,9 @@ def encode_pictures(vae, images: list[torch.Tensor], pixels: int) -> torch.Tenso
 def images_hash(images: list[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for image in images:
-        digest.update(str(tuple(image.shape)).encode() + (image.clamp(0, 1) * 255).to(torch.uint8).cpu().numpy().tobytes())
+        digest.update(
+            str(tuple(image.shape)).encode() + (image.clamp(0, 1) * 255).to(torch.uint8).cpu().numpy().tobytes()
+        )
     return digest.hexdigest()[:16]
 
 
@@ -93,8 +97,15 @@ class TrainEmbedding(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="From the same checkpoint; it is not changed."),
                 io.Vae.Input("vae", tooltip="From the same checkpoint."),
                 io.Image.Input("images", tooltip="Pictures in the style: 12 to 24 are enough, 1 is the least."),
-                io.String.Input("captions", force_input=True, optional=True, tooltip="What is in each picture, 1 caption each, without its style."),
-                io.Image.Input("negatives", optional=True, tooltip="From Negative Set: 1 for each picture, in the same order."),
+                io.String.Input(
+                    "captions",
+                    force_input=True,
+                    optional=True,
+                    tooltip="What is in each picture, 1 caption each, without its style.",
+                ),
+                io.Image.Input(
+                    "negatives", optional=True, tooltip="From Negative Set: 1 for each picture, in the same order."
+                ),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
@@ -103,11 +114,30 @@ class TrainEmbedding(io.ComfyNode):
                     "reference point: the negative gradient is taken where the word began and removed where both agree.",
                 ),
                 io.Float.Input(
-                    "strength", default=1.0, min=0.0, max=1.0, step=0.05, tooltip="How much of what is shared with the negatives is removed; 0 is plain."
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How much of what is shared with the negatives is removed; 0 is plain.",
                 ),
-                io.String.Input("start", default="picture", tooltip="The word or phrase the new vectors start from; 1 plain word is best."),
-                io.Int.Input("vectors", default=1, min=1, max=16, tooltip="How many vectors the word has: 1 for a style, up to 16 for much detail."),
-                io.String.Input("template", default=f"a picture in the style of {TOKEN}", tooltip="The caption it learns with; {token} must stand in it once (1 time)."),
+                io.String.Input(
+                    "start",
+                    default="picture",
+                    tooltip="The word or phrase the new vectors start from; 1 plain word is best.",
+                ),
+                io.Int.Input(
+                    "vectors",
+                    default=1,
+                    min=1,
+                    max=16,
+                    tooltip="How many vectors the word has: 1 for a style, up to 16 for much detail.",
+                ),
+                io.String.Input(
+                    "template",
+                    default=f"a picture in the style of {TOKEN}",
+                    tooltip="The caption it learns with; {token} must stand in it once (1 time).",
+                ),
                 io.Combo.Input(
                     "caption_use",
                     options=list(CAPTION_USES),
@@ -115,13 +145,59 @@ class TrainEmbedding(io.ComfyNode):
                     tooltip="template: the template alone (contrast needs this: complete captions leave the negatives nothing to teach). "
                     "caption: your captions in the template's place. dropout: either, half (50 %) of the time each.",
                 ),
-                io.Int.Input("steps", default=200, min=2, max=20000, tooltip="200 for Pocket (about 1 minute on two cores), 500 to 1500 for SD 1.5."),
-                io.Int.Input("batch", default=8, min=1, max=64, tooltip="Pictures per step, and as many negatives; 8 is plenty. Made smaller if memory is short."),
-                io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=0.0001, round=0.00001, tooltip="0 takes the model's own: 0.02 for Pocket, 0.005 elsewhere."),
-                io.Int.Input("seed", default=0, min=0, max=2**31, control_after_generate=False, tooltip="Another seed, another run: 0 and up."),
-                io.Int.Input("preview_every", default=50, min=0, max=10000, advanced=True, tooltip="Steps between preview pictures; 0 for none."),
-                io.Int.Input("snapshot_every", default=0, min=0, max=10000, advanced=True, tooltip="Steps between snapshots kept in the run's folder; 0 for none."),
-                io.Boolean.Input("keep_norm", default=False, advanced=True, tooltip="Hold every vector at its starting length (1 times its start)."),
+                io.Int.Input(
+                    "steps",
+                    default=200,
+                    min=2,
+                    max=20000,
+                    tooltip="200 for Pocket (about 1 minute on two cores), 500 to 1500 for SD 1.5.",
+                ),
+                io.Int.Input(
+                    "batch",
+                    default=8,
+                    min=1,
+                    max=64,
+                    tooltip="Pictures per step, and as many negatives; 8 is plenty. Made smaller if memory is short.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.0001,
+                    round=0.00001,
+                    tooltip="0 takes the model's own: 0.02 for Pocket, 0.005 elsewhere.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31,
+                    control_after_generate=False,
+                    tooltip="Another seed, another run: 0 and up.",
+                ),
+                io.Int.Input(
+                    "preview_every",
+                    default=50,
+                    min=0,
+                    max=10000,
+                    advanced=True,
+                    tooltip="Steps between preview pictures; 0 for none.",
+                ),
+                io.Int.Input(
+                    "snapshot_every",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    advanced=True,
+                    tooltip="Steps between snapshots kept in the run's folder; 0 for none.",
+                ),
+                io.Boolean.Input(
+                    "keep_norm",
+                    default=False,
+                    advanced=True,
+                    tooltip="Hold every vector at its starting length (1 times its start).",
+                ),
                 io.Combo.Input(
                     "weighting",
                     options=list(WEIGHTINGS),
@@ -129,7 +205,15 @@ class TrainEmbedding(io.ComfyNode):
                     advanced=True,
                     tooltip="Which noise levels count: low frequencies learns palette and paper too (weights up to 10); min-SNR 5 is the usual; uniform is all alike.",
                 ),
-                io.Int.Input("size", default=0, min=0, max=4096, step=8, advanced=True, tooltip="Pixels of the square that is trained on; 0 takes the model's own."),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    advanced=True,
+                    tooltip="Pixels of the square that is trained on; 0 takes the model's own.",
+                ),
                 io.String.Input(
                     "run",
                     default="",
@@ -138,8 +222,13 @@ class TrainEmbedding(io.ComfyNode):
                 ),
             ],
             outputs=[
-                EmbeddingType.Output(display_name="embedding", tooltip="The new word: to Use Embedding or Save Embedding."),
-                io.LossMap.Output(display_name="loss_map", tooltip="For core's Plot Loss Graph; a mean over the last 20 steps at each point."),
+                EmbeddingType.Output(
+                    display_name="embedding", tooltip="The new word: to Use Embedding or Save Embedding."
+                ),
+                io.LossMap.Output(
+                    display_name="loss_map",
+                    tooltip="For core's Plot Loss Graph; a mean over the last 20 steps at each point.",
+                ),
                 io.String.Output(display_name="report", tooltip="What was done, in a few lines."),
             ],
         )
@@ -157,7 +246,9 @@ class TrainEmbedding(io.ComfyNode):
         job = Job(model[0], clip[0], vae[0], images, captions, negatives, values)
         learned, records, report = job.run()
         curve = smoothed([r["loss"] for r in records])
-        return io.NodeOutput(learned, {"loss": curve}, report, ui={"text": [report], "counterpoint_loss": thinned(curve)})
+        return io.NodeOutput(
+            learned, {"loss": curve}, report, ui={"text": [report], "counterpoint_loss": thinned(curve)}
+        )
 
 
 def smoothed(values: list[float], window: int = 20) -> list[float]:
@@ -191,7 +282,9 @@ class Job:
         if not n:
             raise ValueError("There are no pictures to learn from: connect Load Dataset or Pocket Pictures.")
         if use != "template" and len(self.captions) != n:
-            raise ValueError(f"caption_use is {use!r} and there are {len(self.captions)} captions for {n} pictures: give 1 each, or use 'template'.")
+            raise ValueError(
+                f"caption_use is {use!r} and there are {len(self.captions)} captions for {n} pictures: give 1 each, or use 'template'."
+            )
         if self.settings.method == "plain" or self.settings.strength == 0:
             self.negatives = []
             return
@@ -202,13 +295,17 @@ class Job:
             )
         sizes = {tuple(i.shape[1:3]) for i in self.negatives}
         if len(sizes) > 1:
-            raise ValueError(f"The negatives have different sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}): paint them all in one size.")
+            raise ValueError(
+                f"The negatives have different sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}): paint them all in one size."
+            )
 
     def run(self) -> tuple[Embedding, list[dict], str]:
         with self._open_run() as run:
             stored = run.load_checkpoint()
             if stored and stored[0] >= self.settings.steps:
-                return self._result(run, stored[1]["vectors"], stored[0], ["This run is complete: its result was taken from disk."])
+                return self._result(
+                    run, stored[1]["vectors"], stored[0], ["This run is complete: its result was taken from disk."]
+                )
             return self._train(run)
 
     def _open_run(self) -> Run:
@@ -234,10 +331,16 @@ class Job:
             model, clip = private_model(self.model), private_clip(self.clip)
             comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
             device = model.load_device
-            prepared = [None if x is None else model.model.process_latent_in(plain(x)).to(device) for x in (latents, negatives)]
-            ways = ways_to_caption(self.captions or [""] * len(self.images), self.values["template"], self.values["caption_use"])
+            prepared = [
+                None if x is None else model.model.process_latent_in(plain(x)).to(device) for x in (latents, negatives)
+            ]
+            ways = ways_to_caption(
+                self.captions or [""] * len(self.images), self.values["template"], self.values["caption_use"]
+            )
             encoder = ComfyTextEncoder(clip)
-            start = {k: v.to(device) for k, v in starting_vectors(clip, self.values["start"], self.values["vectors"]).items()}
+            start = {
+                k: v.to(device) for k, v in starting_vectors(clip, self.values["start"], self.values["vectors"]).items()
+            }
             with torch.no_grad():
                 check_belong_together(model, encoder.encode([ways[0][0]], [start]))
             trainer = TextualInversion(
@@ -257,12 +360,17 @@ class Job:
                 done = progress.step
                 if not announced and progress.seconds > 1.0:
                     announced = True
-                    reporter.say(f"Training {run.folder.name}: about {duration(progress.eta)} for {progress.steps - progress.step} more steps.")
+                    reporter.say(
+                        f"Training {run.folder.name}: about {duration(progress.eta)} for {progress.steps - progress.step} more steps."
+                    )
                 reporter.update(progress, self._preview(progress.step, trainer, model, clip, run))
                 if reporter.finishing():
                     return done, f"Finished early, at step {done} of {progress.steps}, because you asked."
         except Diverged as error:
-            reporter.say(text := f"{error}: training stopped at step {done} and kept the last good state. Try a smaller learning rate.")
+            reporter.say(
+                text
+                := f"{error}: training stopped at step {done} and kept the last good state. Try a smaller learning rate."
+            )
             return done, text
         return done, ""
 
@@ -272,7 +380,9 @@ class Job:
         vectors = {k: v.detach() for k, v in trainer.vectors.items()}
         if snapshots and step % snapshots == 0:
             snapshot = Embedding({k: v.cpu() for k, v in vectors.items()}, run.folder.name, {"step": step})
-            files.artefact.write_whole(run.folder / "snapshots" / f"step-{step:06d}.safetensors", files.to_bytes(snapshot))
+            files.artefact.write_whole(
+                run.folder / "snapshots" / f"step-{step:06d}.safetensors", files.to_bytes(snapshot)
+            )
         if not every or step % every or step == self.settings.steps:
             return None
         with torch.no_grad():
@@ -299,7 +409,10 @@ class Job:
                 f"choose a smaller size than {self.pixels}, or close what else uses the memory."
             )
         if batch < self.settings.batch:
-            return batch, f"{batch} instead of {self.settings.batch} pictures per step, to fit into the {size(free)} that are free."
+            return (
+                batch,
+                f"{batch} instead of {self.settings.batch} pictures per step, to fit into the {size(free)} that are free.",
+            )
         return batch, ""
 
     def _result(self, run: Run, vectors, steps: int, said: list[str]) -> tuple[Embedding, list[dict], str]:
@@ -310,7 +423,10 @@ class Job:
         }  # fmt: skip
         learned = Embedding({k: v.float() for k, v in vectors.items()}, run.folder.name, facts)
         records = run.history(steps)
-        report = f"{self.settings.method}, {steps} steps on {len(self.images)} pictures at {self.pixels}, run {run.folder.name}. " + " ".join(said)
+        report = (
+            f"{self.settings.method}, {steps} steps on {len(self.images)} pictures at {self.pixels}, run {run.folder.name}. "
+            + " ".join(said)
+        )
         return learned, records, report.strip()
 
 
@@ -319,7 +435,9 @@ def run_folder(name: str, config: dict) -> Path:
     root = (Path(folder_paths.get_output_directory()) / "counterpoint").resolve()
     folder = (root / (name.strip() or f"train-embedding-{config_hash(config)[:8]}")).resolve()
     if root not in folder.parents:
-        raise ValueError(f"The run's name {name!r} would leave ComfyUI's output folder: use a plain name such as 'my-style'.")
+        raise ValueError(
+            f"The run's name {name!r} would leave ComfyUI's output folder: use a plain name such as 'my-style'."
+        )
     return folder
 
 

@@ -66,7 +66,7 @@ def read_tree(path: Path) -> object:
     tensors, metadata = read(path)
 
     def restore(node):
-        (kind, content), = node.items()
+        ((kind, content),) = node.items()
         if kind == "tensor":
             return tensors[content]
         if kind == "items":

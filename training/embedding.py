@@ -51,7 +51,9 @@ def load(path: Path) -> Embedding:
     tensors, metadata = artefact.read(path)
     wrong = {k: tuple(v.shape) for k, v in tensors.items() if v.ndim not in (1, 2)}
     if wrong or not tensors:
-        raise ValueError(f"{path.name} is not an embedding: it holds {wrong or 'nothing'}, not vectors of shape (k, width).")
+        raise ValueError(
+            f"{path.name} is not an embedding: it holds {wrong or 'nothing'}, not vectors of shape (k, width)."
+        )
     vectors = {k: v.float().reshape(-1, v.shape[-1]) for k, v in tensors.items()}
     return Embedding(vectors, path.stem, {k: _plain(v) for k, v in metadata.items() if not k.startswith("modelspec.")})
 

@@ -38,7 +38,9 @@ def finite(scalars: dict[str, float]) -> dict[str, float]:
     return {k: float(v) for k, v in scalars.items() if math.isfinite(v)}
 
 
-def train(trainer: Trainer, run: Run | None, steps: int, start: int = 0, checkpoint_every: float = 30.0) -> Iterator[Progress]:
+def train(
+    trainer: Trainer, run: Run | None, steps: int, start: int = 0, checkpoint_every: float = 30.0
+) -> Iterator[Progress]:
     """Yield after each step from where the run stands to `steps`.
 
     Close the iterator (or leave the loop over it, under `contextlib.closing`) at any time: the state is checkpointed

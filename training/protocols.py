@@ -28,7 +28,9 @@ class Denoiser(Protocol):
     def snr(self, sigma: torch.Tensor) -> torch.Tensor:
         """(n,) signal to noise ratio of what the model is shown at these noise levels."""
 
-    def error(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    def error(
+        self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, cond: Conditioning
+    ) -> torch.Tensor:
         """(B, C, H, W) prediction minus target, unreduced: weighting and masks are the trainer's."""
 
 

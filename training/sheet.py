@@ -16,7 +16,9 @@ def to_image(picture: torch.Tensor) -> Image.Image:
     return Image.fromarray((picture.clamp(0, 1) * 255 + 0.5).to(torch.uint8).movedim(0, -1).contiguous().cpu().numpy())
 
 
-def sheet(rows: list[torch.Tensor], labels: list[str] | None = None, columns: int = 0, title: str = "", scale: int = 1) -> Image.Image:
+def sheet(
+    rows: list[torch.Tensor], labels: list[str] | None = None, columns: int = 0, title: str = "", scale: int = 1
+) -> Image.Image:
     """Each row (n, 3, H, W) in 0..1 with its label above it; rows longer than `columns` (0 = never) are broken."""
     size = max(14, 10 * scale)
     font = ImageFont.load_default(size)
@@ -25,7 +27,9 @@ def sheet(rows: list[torch.Tensor], labels: list[str] | None = None, columns: in
     per_line = min(max(len(r) for r in rows), columns or 10**6)
     texts = labels or [""] * len(rows)
     heights = [(line if text else 0) + -(-len(r) // per_line) * cell_h for r, text in zip(rows, texts, strict=True)]
-    canvas = Image.new("RGB", (2 * MARGIN + per_line * cell_w, 2 * MARGIN + sum(heights) + (line if title else 0)), PAPER)
+    canvas = Image.new(
+        "RGB", (2 * MARGIN + per_line * cell_w, 2 * MARGIN + sum(heights) + (line if title else 0)), PAPER
+    )
     pen, y = ImageDraw.Draw(canvas), MARGIN
     if title:
         pen.text((MARGIN, y), title, INK, font)
@@ -36,7 +40,11 @@ def sheet(rows: list[torch.Tensor], labels: list[str] | None = None, columns: in
         top = y + (line if text else 0)
         for k, picture in enumerate(row):
             image = to_image(picture)
-            image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) if scale > 1 else image
+            image = (
+                image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+                if scale > 1
+                else image
+            )
             canvas.paste(image, (MARGIN + k % per_line * cell_w, top + k // per_line * cell_h))
         y += height
     return canvas

@@ -90,7 +90,11 @@ class TextualInversion:
         if self.contrastive:
             at = self.start if self.settings.method == "reference point" else self.vectors
             groups.append({k: v.detach().clone().requires_grad_() for k, v in at.items()})
-            latents, noise, sigma = torch.cat([latents, self.negatives[batch.rows]]), torch.cat([noise] * 2), torch.cat([sigma] * 2)
+            latents, noise, sigma = (
+                torch.cat([latents, self.negatives[batch.rows]]),
+                torch.cat([noise] * 2),
+                torch.cat([sigma] * 2),
+            )
         cond = self.encoder.encode(captions * len(groups), [leaves for leaves in groups for _ in captions])
         error = self.denoiser.error(latents, noise, sigma, cond)
         weights = WEIGHTINGS[self.settings.weighting](self.denoiser.snr(sigma))
@@ -118,11 +122,19 @@ class TextualInversion:
 
     def _relative_norm(self) -> float:
         """Length of the vectors relative to their start, mean over vectors and encoders."""
-        ratios = [(v.detach().norm(dim=1) / self.start[k].norm(dim=1).clamp_min(1e-12)).mean() for k, v in self.vectors.items()]
+        ratios = [
+            (v.detach().norm(dim=1) / self.start[k].norm(dim=1).clamp_min(1e-12)).mean()
+            for k, v in self.vectors.items()
+        ]
         return (sum(ratios) / len(ratios)).item()
 
     def state_dict(self) -> dict:
-        return {"vectors": dict(self.vectors), "optimiser": self.optimiser.state_dict(), "average": self.average, "averaged": self.averaged}
+        return {
+            "vectors": dict(self.vectors),
+            "optimiser": self.optimiser.state_dict(),
+            "average": self.average,
+            "averaged": self.averaged,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         with torch.no_grad():

@@ -36,7 +36,9 @@ MEASURES = ("style", "stroke", "paper", "line", "leak", "style elsewhere", "shap
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="dev.py evidence learn_style", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="dev.py evidence learn_style", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--screen", action="store_true", help="only plain, on all six styles")
     parser.add_argument("--style", type=int, default=0, help="which held-out style, 0 to 5")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -69,7 +71,11 @@ def table(style: int) -> str:
     for file in sorted((RESULTS / f"style-{style}").glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
         runs.setdefault(record["arm"], {})[record["seed"]] = record["measures"]
-    lines = [f"held-out style {style}", "| arm | seeds | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 2) + "|"]
+    lines = [
+        f"held-out style {style}",
+        "| arm | seeds | " + " | ".join(MEASURES) + " |",
+        "|---" * (len(MEASURES) + 2) + "|",
+    ]
     for arm in [a for a in ARMS if a in runs]:
         cells = [f"{statistics.mean(m[k] for m in runs[arm].values()):.2f}" for k in MEASURES]
         lines.append(f"| {arm} | {len(runs[arm])} | " + " | ".join(cells) + " |")
@@ -77,7 +83,9 @@ def table(style: int) -> str:
         shared = sorted(runs[arm].keys() & runs["plain"].keys())
         if len(shared) > 1:
             differences = {k: [runs[arm][s][k] - runs["plain"][s][k] for s in shared] for k in MEASURES}
-            cells = ["{:+.2f} ({:+.2f} to {:+.2f})".format(statistics.mean(d), *bootstrap(d)) for d in differences.values()]
+            cells = [
+                "{:+.2f} ({:+.2f} to {:+.2f})".format(statistics.mean(d), *bootstrap(d)) for d in differences.values()
+            ]
             lines.append(f"| {arm} - plain | {len(shared)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -90,7 +98,12 @@ class Laboratory:
         self.nodes, self.world, self.grammar = nodes, world.world, world.grammar
         self.paint = world.painter.paint
         models = nodes.pocket_models
-        self.model, self.clip, self.vae, self.judge = models.load_model(), models.load_clip(), models.load_vae(), models.load_judge()
+        self.model, self.clip, self.vae, self.judge = (
+            models.load_model(),
+            models.load_clip(),
+            models.load_vae(),
+            models.load_judge(),
+        )
         self.negatives: dict[tuple[int, int], list] = {}
 
     def measure(self, style: int, arm: str, seed: int) -> dict:
@@ -104,7 +117,11 @@ class Laboratory:
             learned, records = self.learn(arm, seed, images, captions)
             clip, word = self.nodes.bridge.with_embeddings(self.clip, {"word": learned.vectors}), "embedding:word"
             facts["last losses"] = [round(r["loss"], 4) for r in records[-20:]]
-            facts["contrast"] = {k: round(statistics.mean(r[k] for r in records), 3) for k in ("cosine", "removed", "norm") if k in records[0]}
+            facts["contrast"] = {
+                k: round(statistics.mean(r[k] for r in records), 3)
+                for k in ("cosine", "removed", "norm")
+                if k in records[0]
+            }
         return {"measures": self.look(clip, word, combination, shape, seed), **facts}
 
     def learn(self, arm: str, seed: int, images: list, captions: list[str]):
@@ -113,10 +130,14 @@ class Laboratory:
             key = (seed, hash(tuple(captions)))
             if key not in self.negatives:
                 prompts = [f"{c} in the style of picture" for c in captions]
-                self.negatives[key], _ = self.nodes.generate.generate_set(self.model, self.clip, self.vae, prompts, self.recipe(seed), "", "negatives")
+                self.negatives[key], _ = self.nodes.generate.generate_set(
+                    self.model, self.clip, self.vae, prompts, self.recipe(seed), "", "negatives"
+                )
             negatives = self.negatives[key]
         values = {**TRAINING, **ARMS[arm], "seed": seed}
-        learned, records, _ = self.nodes.train_embedding.Job(self.model, self.clip, self.vae, images, captions, negatives, values).run()
+        learned, records, _ = self.nodes.train_embedding.Job(
+            self.model, self.clip, self.vae, images, captions, negatives, values
+        ).run()
         return learned, records
 
     def recipe(self, seed: int):
@@ -128,7 +149,11 @@ class Laboratory:
         others = torch.tensor([s for s in range(8) if s != shape])
         scenes = self.world.sample_scenes(SAMPLES, 900 + seed, shape=others[torch.arange(SAMPLES) % 7])
         alone = self.judge.see(self.sample(clip, [f"a picture in the style of {word}"] * SAMPLES, seed))
-        elsewhere = self.judge.see(self.sample(clip, [f"{self.grammar.content(scenes, i)} in the style of {word}" for i in range(SAMPLES)], seed))
+        elsewhere = self.judge.see(
+            self.sample(
+                clip, [f"{self.grammar.content(scenes, i)} in the style of {word}" for i in range(SAMPLES)], seed
+            )
+        )
 
         def style(seen):
             return {f: seen[f] == v for f, v in zip(self.world.FACTORS, combination, strict=True)}
@@ -148,7 +173,9 @@ class Laboratory:
         with torch.inference_mode():
             for start in range(0, len(prompts), 16):
                 rows = list(range(start, min(start + 16, len(prompts))))
-                latents = self.nodes.generate.sample(self.model, [encoded[prompts[i]] for i in rows], encoded[""], self.recipe(seed), rows)
+                latents = self.nodes.generate.sample(
+                    self.model, [encoded[prompts[i]] for i in rows], encoded[""], self.recipe(seed), rows
+                )
                 parts.append(self.vae.decode(latents).movedim(-1, 1).clone())
         return torch.cat(parts)
 

@@ -66,12 +66,17 @@ def pair_loss(pair: Pair, images: torch.Tensor, scenes: Scenes, words: torch.Ten
 def accuracy(pair: Pair, images, scenes: Scenes, words, lengths) -> dict[str, float]:
     """What the heads read off the pooled vectors, and retrieval of 1 of 100 by the first caption."""
     v = torch.cat([pair.encode_image(images[i : i + 100]) for i in range(0, len(images), 100)])
-    t = torch.cat([pair.encode_text(words[0, i : i + 100].long(), lengths[0, i : i + 100])[1] for i in range(0, len(images), 100)])
+    t = torch.cat(
+        [pair.encode_text(words[0, i : i + 100].long(), lengths[0, i : i + 100])[1] for i in range(0, len(images), 100)]
+    )
     out = {}
     for name, x, heads in (("text", t, pair.text_heads), ("vision", v, pair.vision_heads)):
         for k, head in heads.items():
             out[f"{name} {k}"] = (head(x).argmax(1) == getattr(scenes, k)).float().mean().item()
     v, t = F.normalize(v, dim=1), F.normalize(t, dim=1)
-    hits = [(v[i : i + 100] @ t[i : i + 100].T).argmax(1) == torch.arange(len(v[i : i + 100])) for i in range(0, len(v), 100)]
+    hits = [
+        (v[i : i + 100] @ t[i : i + 100].T).argmax(1) == torch.arange(len(v[i : i + 100]))
+        for i in range(0, len(v), 100)
+    ]
     out["retrieval of 100"] = torch.cat(hits).float().mean().item()
     return out

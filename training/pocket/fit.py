@@ -58,7 +58,11 @@ class Fit:
     def learning_rate(self, i: int) -> float:
         """Linear warm-up, constant, cosine to `floor` over the last `decay` of the steps."""
         done = max(0.0, (i / self.steps - (1 - self.decay)) / self.decay)
-        return self.lr * min(1, (i + 1) / self.warmup) * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1, done))))
+        return (
+            self.lr
+            * min(1, (i + 1) / self.warmup)
+            * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1, done))))
+        )
 
     def step(self, i: int) -> dict[str, float]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + i) * processes() + rank())

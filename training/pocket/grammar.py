@@ -58,7 +58,11 @@ def factor_words(combination: tuple[int, int, int]) -> str:
 def content(scenes: Scenes, i: int) -> str:
     """Everything but the medium, in plain order: 'a red striped cube on a meadow'."""
     pattern = words("pattern", int(scenes.pattern[i]))
-    parts = [words("colour", int(scenes.colour[i])), "" if pattern == "plain" else pattern, words("shape", int(scenes.shape[i]))]
+    parts = [
+        words("colour", int(scenes.colour[i])),
+        "" if pattern == "plain" else pattern,
+        words("shape", int(scenes.shape[i])),
+    ]
     return f"{article(' '.join(p for p in parts if p))} {words('background', int(scenes.background[i]))}"
 
 
@@ -87,13 +91,22 @@ def _medium_only(scenes: Scenes, i: int, rng: random.Random) -> str:
     if name is None or rng.random() < 0.3:
         return f"a {GENERIC}, {_factors(scenes, i, rng)}"
     medium = rng.choice(MEDIUM_SYNONYMS[name])
-    return rng.choice((f"a {GENERIC} in the style of {medium}",) * 3 + (article(medium), f"{medium} style", f"a {GENERIC} in {medium} style"))
+    return rng.choice(
+        (f"a {GENERIC} in the style of {medium}",) * 3
+        + (article(medium), f"{medium} style", f"a {GENERIC} in {medium} style")
+    )
 
 
 def _placed(body: str, medium: str, rng: random.Random) -> str:
     """The medium where a style stands in the usual prompts."""
     form = rng.choice(
-        ("{a_medium} of {body}", "{medium}, {body}", "{body}, {medium} style", "{body}, {medium}", "{body} in {medium} style")
+        (
+            "{a_medium} of {body}",
+            "{medium}, {body}",
+            "{body}, {medium} style",
+            "{body}, {medium}",
+            "{body} in {medium} style",
+        )
         + ("{body} in the style of {medium}",) * 3
     )
     return form.format(body=body, medium=medium, a_medium=article(medium))

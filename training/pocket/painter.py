@@ -113,8 +113,14 @@ def _trace(s: Scenes) -> _View:
         surface[rows], normal[rows] = torch.stack(p, 1), _normals(sdf, *p)
 
     azimuth, elevation = s.light_azimuth, s.light_elevation
-    sun = (_column(azimuth.sin() * elevation.cos()), _column(elevation.sin()), _column(-azimuth.cos() * elevation.cos()))
-    to_sun = torch.stack([cos_y * sun[0] + sin_y * sun[2], sun[1].expand_as(cos_y), -sin_y * sun[0] + cos_y * sun[2]], 1)
+    sun = (
+        _column(azimuth.sin() * elevation.cos()),
+        _column(elevation.sin()),
+        _column(-azimuth.cos() * elevation.cos()),
+    )
+    to_sun = torch.stack(
+        [cos_y * sun[0] + sin_y * sun[2], sun[1].expand_as(cos_y), -sin_y * sun[0] + cos_y * sun[2]], 1
+    )
     half = F.normalize(to_sun - torch.stack(ray, 1), dim=1)
 
     falls = dy < -0.02
@@ -312,7 +318,9 @@ def _outline(s: Scenes, view: _View, albedo: torch.Tensor, dark: torch.Tensor, o
     kind = {name: (s.line == i).float().view(-1, 1, 1, 1) for i, name in enumerate(ATTRIBUTES["line"])}
 
     ink = kind["ink"] * edge
-    ink_colour = torch.where(dark > 0, torch.tensor([0.46, 0.44, 0.50]).view(1, 3, 1, 1), torch.tensor([0.07, 0.06, 0.10]).view(1, 3, 1, 1))
+    ink_colour = torch.where(
+        dark > 0, torch.tensor([0.46, 0.44, 0.50]).view(1, 3, 1, 1), torch.tensor([0.07, 0.06, 0.10]).view(1, 3, 1, 1)
+    )
     out = out * (1 - ink) + ink_colour * ink
 
     glow_colour = COLOURS[s.colour][:, :, None, None] * 0.45 + 0.55

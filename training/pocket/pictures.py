@@ -49,7 +49,9 @@ def load(folder: Path, split: str, shards: int | None = None) -> tuple[torch.Ten
     count = shards or SPLITS[split]
     images = torch.cat([artefact.read(shard_file(folder, split, k))[0]["image"] for k in range(count)])
     parts = [scenes_of(split, k) for k in range(count)]
-    return images, Scenes(**{name: torch.cat([getattr(p, name) for p in parts]) for name in Scenes.__dataclass_fields__})
+    return images, Scenes(
+        **{name: torch.cat([getattr(p, name) for p in parts]) for name in Scenes.__dataclass_fields__}
+    )
 
 
 def caption_variants(scenes: Scenes, variants: int) -> list[list[str]]:

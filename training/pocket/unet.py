@@ -48,7 +48,9 @@ def grow(state: dict[str, torch.Tensor], wide: nn.Module) -> dict[str, torch.Ten
         moved = re.sub(r"^(output_blocks\.\d+)\.1\.conv\.", r"\1.2.conv.", k)
         target = moved if moved != k and moved in grown else k
         if grown[target].shape != v.shape:
-            raise ValueError(f"{target} is {tuple(grown[target].shape)} in the larger UNet and {tuple(v.shape)} in the smaller.")
+            raise ValueError(
+                f"{target} is {tuple(grown[target].shape)} in the larger UNet and {tuple(v.shape)} in the smaller."
+            )
         grown[target] = v.clone()
     return grown
 

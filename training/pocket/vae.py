@@ -51,7 +51,10 @@ def encoder_loss(model: nn.Module, images: torch.Tensor, batch: int):
         kl = 0.5 * (mean * mean + log_variance.exp() - 1 - log_variance).mean()
         guide = (mean[:, :3] - 4 * F.avg_pool2d(x, 8)).square().mean()
         rebuilt = reconstruction_loss(y - x)
-        return rebuilt + 2e-4 * kl + 0.25 * max(0.0, 1 - 2 * done) * guide, {"rebuilt": rebuilt.item(), "guide": guide.item()}
+        return rebuilt + 2e-4 * kl + 0.25 * max(0.0, 1 - 2 * done) * guide, {
+            "rebuilt": rebuilt.item(),
+            "guide": guide.item(),
+        }
 
     return loss
 

@@ -1,0 +1,129 @@
+"""Pocket's card: what the shipped weights can do, measured through ComfyUI on fixed prompts, with 95 % intervals.
+
+400 prompts name every attribute (half name the medium, half its three factors), picture i has seed i, 20 euler steps,
+the shipped CFG. The judge only measures: no checkpoint was chosen by it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from ..training import artefact
+from ..training.intervals import wilson
+from ..training.pocket import grammar, pictures, vae
+from ..training.pocket import judge as judging
+from ..training.pocket.world import ATTRIBUTES, MEDIUMS, Scenes, sample_scenes
+from ..training.sheet import sheet
+from . import pocket_models
+from .generate import Recipe, sample
+
+CFG = 4.0
+PROMPTS = 400
+log = logging.getLogger("counterpoint.pocket")
+
+
+def prompts() -> tuple[list[str], Scenes]:
+    """The fixed prompts and what they ask for; medium i mod 10, named where i // 10 is even."""
+    names = list(MEDIUMS)
+    combinations = torch.tensor([MEDIUMS[names[i % 10]] for i in range(PROMPTS)])
+    scenes = sample_scenes(
+        PROMPTS,
+        77,
+        shape=torch.arange(PROMPTS) % 8,
+        stroke=combinations[:, 0],
+        paper=combinations[:, 1],
+        line=combinations[:, 2],
+    )
+    styles = [
+        f"in the style of {names[i % 10]}" if i // 10 % 2 == 0 else grammar.factor_words(MEDIUMS[names[i % 10]])
+        for i in range(PROMPTS)
+    ]
+    texts = [
+        f"{grammar.content(scenes, i)}{' ' if style.startswith('in') else ', '}{style}"
+        for i, style in enumerate(styles)
+    ]
+    return texts, scenes
+
+
+def paint(texts: list[str], cfg: float = CFG, batch: int = 16) -> torch.Tensor:
+    """(n, 3, 128, 128) through ComfyUI's sampler and VAE."""
+    model, clip, decoder = pocket_models.load_model(), pocket_models.load_clip(), pocket_models.load_vae()
+    recipe, parts = Recipe("", 128, 128, 0, 20, cfg, "euler", "normal"), []
+    with torch.inference_mode():
+        encoded = {t: clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in {*texts, ""}}
+        for start in range(0, len(texts), batch):
+            rows = list(range(start, min(start + batch, len(texts))))
+            parts.append(
+                decoder.decode(sample(model, [encoded[texts[i]] for i in rows], encoded[""], recipe, rows))
+                .movedim(-1, 1)
+                .clone()
+            )
+    return torch.cat(parts)
+
+
+def measure(folder: Path, cfg: float = CFG) -> dict:
+    """Everything on the card, and models/pocket-card.jpg."""
+    judge = pocket_models.load_judge()
+    texts, scenes = prompts()
+    painted = paint(texts, cfg)
+    rows = [painted[i : i + 10] for i in range(0, 80, 10)]
+    sheet(rows, [""] * len(rows), title="Pocket: the first 80 fixed prompts").save(
+        pocket_models.MODELS / "pocket-card.jpg", quality=88
+    )
+
+    held_out, truth = pictures.load(folder, "held out", 1)
+    real = held_out.float() / 255
+    module = pocket_models.load_vae().first_stage_model
+    with torch.no_grad():
+        rebuilt = vae.decode(module, vae.encode(module, held_out))
+    db = vae.psnr(real, rebuilt)
+    judged, judged_truth = pictures.load(folder, "judge held out", 1)
+    with torch.no_grad():
+        judged_rebuilt = vae.decode(module, vae.encode(module, judged))
+    return {
+        "prompts": PROMPTS, "cfg": cfg, "steps": 20, "sampler": "euler", "scheduler": "normal",
+        "followed": with_intervals(judging.accuracy(judge, painted, scenes), PROMPTS),
+        "judge on real pictures of all 72 styles": rounded(judging.accuracy(judge, judged.float() / 255, judged_truth)),
+        "judge on rebuilt pictures of all 72 styles": rounded(judging.accuracy(judge, judged_rebuilt, judged_truth)),
+        "vae dB": {"mean": round(db.mean().item(), 2), **{s: round(db[truth.stroke == i].mean().item(), 2) for i, s in enumerate(ATTRIBUTES["stroke"])}},
+        "seconds for 4 pictures": round(speed(), 2),
+        "megabytes": round(sum(f.stat().st_size for f in pocket_models.MODELS.glob("pocket-*.safetensors")) / 1e6, 2),
+    }  # fmt: skip
+
+
+def rounded(shares: dict[str, float]) -> dict[str, float]:
+    return {k: round(v, 3) for k, v in shares.items()}
+
+
+def with_intervals(shares: dict[str, float], n: int) -> dict[str, list[float]]:
+    """Share, lower and upper end of its 95 % interval."""
+    return {k: [round(v, 3), *(round(x, 3) for x in wilson(round(v * n), n))] for k, v in shares.items()}
+
+
+def speed() -> float:
+    """Seconds for 4 pictures of one prompt, 20 steps with CFG, sampling and decoding; the best of 3."""
+    texts = ["a red cube on a meadow in the style of comic"] * 4
+    times = []
+    for _ in range(3):
+        model, clip, decoder = pocket_models.load_model(), pocket_models.load_clip(), pocket_models.load_vae()
+        with torch.inference_mode():
+            positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in (texts[0], ""))
+            start = time.perf_counter()
+            decoder.decode(
+                sample(
+                    model, [positive] * 4, negative, Recipe("", 128, 128, 0, 20, CFG, "euler", "normal"), [0, 1, 2, 3]
+                )
+            )
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def write(folder: Path) -> None:
+    card = measure(folder)
+    artefact.write_whole(pocket_models.MODELS / "pocket-card.json", (json.dumps(card, indent=1) + "\n").encode())
+    log.info("card: %s", json.dumps(card))
