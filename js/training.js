@@ -32,7 +32,7 @@ const MARKUP = `
 
 const STYLE = `
   .counterpoint-training { display: flex; flex-direction: column; gap: 4px; min-height: ${HEIGHT}px; box-sizing: border-box;
-    font: 11px/1.35 system-ui, sans-serif; color: var(--input-text); }
+    font-size: 11px; line-height: 1.35; color: var(--input-text); }
   .counterpoint-training .plot { position: relative; flex: 1; min-height: 60px; overflow: hidden; border-radius: 6px;
     background: var(--comfy-input-bg); border: 1px solid color-mix(in srgb, var(--border-color) 50%, transparent); }
   .counterpoint-training svg { position: absolute; inset: 0; width: 100%; height: 100%; }
@@ -154,13 +154,11 @@ class Curve {
   }
 }
 
-/** Lowest and highest loss worth showing: all of the smooth line, and of the points all but the wildest 2 %. */
+/** Lowest and highest loss that the plot shows: all but the wildest 2 % on either side. */
 function range(points, mean) {
-  const raw = points.map(({ loss }) => loss).sort((a, b) => a - b);
-  const smooth = mean.map(({ loss }) => loss);
-  const aside = Math.floor(raw.length / 50);
-  const low = Math.min(...smooth, ...raw.slice(aside, aside + 1));
-  const high = Math.max(...smooth, ...raw.slice(raw.length - 1 - aside).slice(0, 1));
+  const losses = [...points, ...mean].map(({ loss }) => loss).sort((a, b) => a - b);
+  const aside = Math.floor(losses.length / 50);
+  const [low, high] = [losses[aside], losses[losses.length - 1 - aside]];
   return high > low ? [low, high] : [low - 0.5, high + 0.5];
 }
 

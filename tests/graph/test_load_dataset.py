@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 import nodes
@@ -175,8 +176,8 @@ def test_a_wired_folder_is_read_at_every_run(graph, cats):
     assert len(graph(wired).outputs["1"][0]) == 4
 
 
-def test_an_interrupt_stops_between_two_pictures(graph, cats, pack, monkeypatch):
-    files, loaded = pack.training.folder, []
+def test_an_interrupt_stops_between_two_pictures(graph, cats, monkeypatch):
+    files, loaded = sys.modules[nodes.NODE_CLASS_MAPPINGS[LOAD].__module__].files, []
     load = files.load
 
     def load_and_stop(entry, how):

@@ -74,7 +74,7 @@ def pictures(n: int = 5, seed: int = 1) -> torch.Tensor:
 
 def make(ti, n: int = 5, k: int = 2, encoders: int = 2, ways=None, **settings):
     ways = ways or [[f"picture {i} {{token}}"] for i in range(n)]
-    settings = {"steps": 20, "batch": 3, "weighting": "low frequencies", **settings}
+    settings = {"steps": 20, "batch": 3, "learning_rate": 0.05, "weighting": "low frequencies", **settings}
     return ti.TextualInversion(
         TinyModel(), TinyText(), pictures(n), ways, vectors(k, encoders), ti.Settings(**settings), pictures(n, seed=2)
     )
