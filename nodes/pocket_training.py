@@ -25,7 +25,7 @@ import torch.distributed
 from ..training import artefact
 from ..training.loop import train
 from ..training.pocket import clip, grammar, judge, pictures, unet, vae
-from ..training.pocket.fit import Fit, initialise, processes, rank
+from ..training.pocket.fit import Fit, in_shares, initialise, processes, rank
 from ..training.run import Run
 from ..training.sheet import save_sheet
 from . import pocket_card, pocket_models
@@ -45,9 +45,14 @@ def main(argv: list[str]) -> None:
         "--folder", type=Path, default=ROOT / ".dev" / "pocket", help="where runs and pictures are kept"
     )
     parser.add_argument("--rank", type=int, help="this process of two; without it one process does everything")
+    parser.add_argument(
+        "--so-far", action="store_true", help="write the UNet as far as it is trained to models/, and stop"
+    )
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     options.folder.mkdir(parents=True, exist_ok=True)
+    if options.so_far:
+        return ship_so_far(options.folder)
     if options.rank is not None:
         torch.set_num_threads(1)
         store = options.folder / f"processes-{os.getppid()}"  # both are children of the same dev.py
@@ -248,11 +253,9 @@ def train_judge(folder: Path) -> None:
     images, scenes = pictures.load(folder, "judge")
     module = shipped_vae()
     file = folder / "judge" / "rebuilt.safetensors"
-    if rank() == 0 and not file.exists():
-        rebuilt = vae.decode(module, vae.encode(module, images[:3000]))
-        artefact.write(file, {"image": (rebuilt * 255 + 0.5).to(torch.uint8)})
-    barrier()
-    rebuilt = artefact.read(file)[0]["image"]
+    rebuilt = kept(
+        file, lambda x: (vae.decode(module, vae.encode(module, x)) * 255 + 0.5).to(torch.uint8), images[:3000]
+    )
     network = initialise(judge.Judge(), 3)
     fit(folder, "judge", Fit(network, judge.judge_loss(network, images, rebuilt, scenes, 32), steps=2_000, lr=2e-3, warmup=50,
                              decay=1.0, ema=0.99), {"batch": 32})  # fmt: skip
@@ -269,6 +272,16 @@ def train_judge(folder: Path) -> None:
             )
 
 
+def kept(file: Path, compute, items: torch.Tensor) -> torch.Tensor:
+    """compute(items) shared among the processes, from disk if it was done before."""
+    if not file.exists():
+        made = in_shares(compute, items)
+        if rank() == 0:
+            artefact.write(file, {"items": made})
+        barrier()
+    return artefact.read(file)[0]["items"]
+
+
 def shipped_vae() -> torch.nn.Module:
     module = pocket_models.vae_module()
     module.load_state_dict(
@@ -280,10 +293,8 @@ def shipped_vae() -> torch.nn.Module:
 def train_unet(folder: Path) -> None:
     images, scenes = pictures.load(folder, "train")
     file = folder / "unet" / "latents.safetensors"
-    if rank() == 0 and not file.exists():
-        artefact.write(file, {"latents": vae.encode(shipped_vae(), images).half()})
-    barrier()
-    latents = artefact.read(file)[0]["latents"]
+    module = shipped_vae()
+    latents = kept(file, lambda x: vae.encode(module, x).half(), images)
     vocabulary = Words()
     words, lengths = vocabulary.read(folder, "train", scenes, variants=6)
     encode = text_encoder(len(vocabulary.ids))
@@ -298,6 +309,12 @@ def train_unet(folder: Path) -> None:
     fit(folder, "unet", Fit(full, loss(full), steps=8_000, lr=1.2e-3, decay=0.6, seed=1), {"batch": 12})
     if rank() == 0:
         ship("unet", half(full.state_dict()))
+
+
+def ship_so_far(folder: Path) -> None:
+    """The running average of a UNet in training, so that it can be looked at, or committed and resumed from elsewhere."""
+    step, state = Run(folder / "unet", {}).load_checkpoint()
+    ship("unet", half(state["ema"]), steps=step)
 
 
 def text_encoder(words: int):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import time
@@ -14,7 +13,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageFile, ImageOps, UnidentifiedImageError, features
 
 FORMATS = {
     "PNG": (".png",),
@@ -23,7 +22,7 @@ FORMATS = {
     "BMP": (".bmp",),
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
-    **({"AVIF": (".avif",)} if importlib.util.find_spec("PIL._avif") else {}),
+    **({"AVIF": (".avif",)} if "avif" in features.modules and features.check_module("avif") else {}),
 }
 PICTURE = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 OTHER_PICTURE = frozenset(

@@ -24,6 +24,16 @@ def processes() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def in_shares(compute: Callable[[torch.Tensor], torch.Tensor], items: torch.Tensor) -> torch.Tensor:
+    """compute(items) along the first axis, each process doing its share; the number of items must divide evenly."""
+    if processes() == 1:
+        return compute(items)
+    mine = compute(items[rank() :: processes()]).contiguous()
+    parts = [torch.empty_like(mine) for _ in range(processes())]
+    torch.distributed.all_gather(parts, mine)
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
 def initialise(module: nn.Module, seed: int) -> nn.Module:
     """ComfyUI's layers leave their weights uninitialised; this is torch's own default, from one seed."""
     generator = torch.Generator().manual_seed(seed)
