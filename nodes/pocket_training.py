@@ -306,7 +306,7 @@ def train_unet(folder: Path) -> None:
     fit(folder, "unet-small", Fit(small, loss(small), steps=4_000, lr=1.5e-3, decay=0.1, floor=0.6), {"batch": 12})
     full = initialise(pocket_models.unet_module("full"), 5)
     full.load_state_dict(unet.grow(small.state_dict(), full))
-    fit(folder, "unet", Fit(full, loss(full), steps=8_000, lr=1.2e-3, decay=0.6, seed=1), {"batch": 12})
+    fit(folder, "unet", Fit(full, loss(full), steps=6_000, lr=1.2e-3, decay=0.6, seed=1), {"batch": 12})
     if rank() == 0:
         ship("unet", half(full.state_dict()))
 
