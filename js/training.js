@@ -8,6 +8,7 @@ import { api } from "../../scripts/api.js";
 const TRAINERS = ["CounterpointTrainEmbedding"];
 
 const HEIGHT = 150; // pixels, the least
+const MARGIN = 10; // around it, in the classic renderer
 const AVERAGED = 20; // points in the running mean, as the server's own curve
 const MOST_POINTS = 1000; // then every other one is dropped
 const DRAW_EVERY = 100; // milliseconds
@@ -35,7 +36,7 @@ const STYLE = `
     font-size: 11px; line-height: 1.35; color: var(--input-text); }
   .counterpoint-training .plot { position: relative; flex: 1; min-height: 60px; overflow: hidden; border-radius: 6px;
     background: var(--comfy-input-bg); border: 1px solid color-mix(in srgb, var(--border-color) 50%, transparent); }
-  .counterpoint-training svg { position: absolute; inset: 0; width: 100%; height: 100%; }
+  .counterpoint-training svg { position: absolute; left: 38px; width: calc(100% - 44px); height: 100%; }
   .counterpoint-training path { fill: none; stroke-linecap: round; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
   .counterpoint-training .raw { stroke: var(--input-text); stroke-opacity: 0.3; stroke-width: 2.5px; }
   .counterpoint-training .line { stroke: var(--p-primary-color, currentColor); stroke-width: 2px; }
@@ -205,9 +206,11 @@ function restore(outputs) {
 
 function addCurve(node) {
   const curve = new Curve();
-  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT, getValue: () => null, setValue: () => {} };
+  const place = { margin: MARGIN, hideOnZoom: false, hideInPanel: true, getMinHeight: () => HEIGHT + 2 * MARGIN };
+  const options = { ...place, serialize: false, getValue: () => null, setValue: () => {} };
   const widget = node.addDOMWidget("loss curve", "COUNTERPOINT_TRAINING", curve.element, options);
   widget.serialize = false; // the option keeps it out of the prompt, this out of the saved graph
+  node.setSize([node.size[0], node.computeSize()[1]]);
   curves.set(node, curve);
 }
 

@@ -102,9 +102,10 @@ def graph(pack, small_models, folders):
 def server(tmp_path_factory: pytest.TempPathFactory):
     """The one real server of this run: our pack and the small models, nothing else, in a base directory of its own."""
     packs = {"counterpoint": ROOT, "small_models": SMALL_MODELS}
-    base = make_base(tmp_path_factory.mktemp("server"), packs)
+    folder = tmp_path_factory.mktemp("server")
+    base = make_base(folder / "base", packs)
     only_ours = ("--disable-all-custom-nodes", "--whitelist-custom-nodes", *packs)
-    with Server(base, DEV / "log" / "test_server.log", only_ours) as running:
+    with Server(base, folder / "server.log", only_ours) as running:
         yield running
 
 

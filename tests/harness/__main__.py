@@ -1,6 +1,7 @@
 """What dev.py starts once there is an environment: `python tests/harness demo|serve|pocket|bench|evidence words...`."""
 
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ def main(command: str, *words: str) -> int | None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and helpers we started end with us
     try:
         sys.exit(main(*sys.argv[1:]))
     except KeyboardInterrupt:

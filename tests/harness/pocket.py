@@ -31,7 +31,10 @@ def train_in_two(argv: list[str]) -> int:
     try:
         while all(process.poll() is None for process in pair):
             time.sleep(0.5)
-        if any(process.returncode for process in pair):  # one died: the other would wait for it for ever
+        if any(process.returncode for process in pair):
+            print(
+                "dev.py pocket: one of the two processes ended, so the other, which would wait for it, is stopped too."
+            )
             stop(pair)
         return max(abs(process.wait()) for process in pair)
     except KeyboardInterrupt:  # both have heard it too; they write their checkpoints

@@ -73,13 +73,11 @@ def test_every_format_is_read(files: ModuleType, tmp_path: Path, kind: str):
         ("CMYK", (255, 0, 0, 0), "tif", (0, 1, 1)),
         ("CMYK", (0, 0, 0, 255), "jpg", (0, 0, 0)),
         ("I;16", 30000, "png", (30000 / 65535,) * 3),
-        ("I;16", 30000, "tif", (30000 / 65535,) * 3),
         ("I;16B", 30000, "tif", (30000 / 65535,) * 3),
         ("I", 30000, "tif", (30000 / 65535,) * 3),
         ("F", 0.25, "tif", (0.25,) * 3),
         ("LA", (100, 51), "png", (0.2 * 100 / 255, 0.8 + 0.2 * 100 / 255, 0.2 * 100 / 255)),
         ("RGBA", (255, 0, 0, 51), "png", (0.2, 0.8, 0)),
-        ("RGBA", (255, 0, 0, 51), "tif", (0.2, 0.8, 0)),
         ("RGBA", (255, 0, 0, 0), "webp", (0, 1, 0)),
     ],
 )
@@ -91,7 +89,7 @@ def test_every_mode_keeps_its_values_over_green(files, tmp_path, mode, colour, k
         paint(file, colour, mode=mode, **({"lossless": True, "exact": True} if kind == "webp" else {}))
     colours, alpha = files.read_picture(file, (0.0, 1.0, 0.0))
     assert colours.shape == (4, 6, 3) and colours.dtype == torch.float32
-    torch.testing.assert_close(colours[2, 3], torch.tensor(expected, dtype=torch.float32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(colours[2, 3], torch.tensor(expected, dtype=torch.float32), atol=1e-6, rtol=0)
     assert (alpha is not None) == ("A" in mode)
 
 
@@ -103,12 +101,8 @@ def test_a_palette_with_a_transparent_colour(files, tmp_path, kind):
     picture.save(file := tmp_path / f"a.{kind}", transparency=1)
     colours, alpha = files.read_picture(file, (0.0, 1.0, 0.0))
     assert colours.tolist() == [[[1, 0, 0], [0, 1, 0]]] and alpha.tolist() == [[1, 0]]
-
-
-def test_a_colour_without_a_palette_can_be_transparent(files, tmp_path):
-    file = paint(tmp_path / "a.png", BLUE, transparency=BLUE)
-    colours, alpha = files.read_picture(file, (0.0, 1.0, 0.0))
-    assert colours[0, 0].tolist() == [0, 1, 0] and not alpha.any()
+    picture.convert("RGB").save(file := tmp_path / "b.png", transparency=BLUE)  # without a palette
+    assert torch.equal(files.read_picture(file, (0.0, 1.0, 0.0))[0], colours)
 
 
 STORED = {  # EXIF orientation -> how an upright picture lies in the file
@@ -168,19 +162,14 @@ def test_a_file_that_may_not_be_opened_is_refused(files, tmp_path):
         files.read_picture(tmp_path / "gone.png", WHITE)
 
 
-def huge_png(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("unlimited", [False, True])
 def test_a_decompression_bomb_is_refused(files, tmp_path, monkeypatch, unlimited):
     if unlimited:  # as some packs set it, for the whole process
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    (file := tmp_path / "a.png").write_bytes(huge_png(30000, 30000))
+    data = bytearray(paint(file := tmp_path / "a.png").read_bytes())
+    data[16:24] = struct.pack(">II", 30000, 30000)  # width and height, then what vouches for them
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    file.write_bytes(data)
     with pytest.raises(files.Unreadable, match="more than 178 million pixels"):
         files.read_picture(file, WHITE)
 
@@ -196,9 +185,6 @@ def test_numbers_of_unknown_scale_are_refused(files, tmp_path, mode, value):
 )
 def test_colours(files, text, expected):
     assert files.colour(text) == expected
-
-
-def test_what_is_no_colour(files):
     with pytest.raises(files.FolderError, match="'reddish' is no colour: write one like '#ffffff'"):
         files.colour("reddish")
 
@@ -222,24 +208,13 @@ def test_folders_that_are_read(files, roots, text):
 def test_a_run_folder_under_output_is_read(files, roots):
     (roots["output"] / "run-1" / "previews").mkdir(parents=True)
     assert files.resolve("output/run-1/previews", roots).parts[-3:] == ("output", "run-1", "previews")
-    assert files.resolve("output", roots).name == "output"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "..",
-        "../outside",
-        "input/../outside",
-        "output/../../..",
-        "/",
-        "{input}/../outside",
-        "{input}-2",
-        "input/to-outside",
-        "input/to-outside/inner",
-        "input/a\0b",
-    ],
-)
+OUTSIDE = """.. ../outside input/../outside output/../../.. / {input}/../outside {input}-2
+input/to-outside input/to-outside/inner input/a\0b""".split()
+
+
+@pytest.mark.parametrize("text", OUTSIDE)
 @links
 def test_folders_outside_are_refused(files, roots, tmp_path, text):
     (tmp_path / "outside" / "inner").mkdir()
@@ -247,6 +222,15 @@ def test_folders_outside_are_refused(files, roots, tmp_path, text):
     (roots["input"] / "to-outside").symlink_to(tmp_path / "outside", target_is_directory=True)
     with pytest.raises(files.FolderError, match="lies outside ComfyUI's input and output folders.*copy its pictures"):
         files.resolve(text.format(**roots), roots)
+
+
+def test_a_path_outside_is_not_even_looked_at(files, roots, monkeypatch):
+    """On Windows a look at another computer's folder would send that computer the user's name."""
+    asked, realpath = [], os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: asked.append(str(path)) or realpath(path))
+    with pytest.raises(files.FolderError, match="lies outside"):
+        files.resolve("/other-computer/share", roots)
+    assert asked and not any("other-computer" in path for path in asked)
 
 
 @links
@@ -259,18 +243,14 @@ def test_a_root_may_be_a_link_itself(files, roots, tmp_path):
     assert files.resolve(str(expected), linked) == expected
 
 
-@pytest.mark.parametrize("text", ["nowhere", "input/a.png", "input/" + 300 * "x"])
+@pytest.mark.parametrize("text", ["nowhere", "input/a.png", "input/" + 300 * "x", ""])
 def test_what_is_no_folder_is_refused(files, roots, text):
     paint(roots["input"] / "a.png")
-    with pytest.raises(
-        files.FolderError, match=r"There is no folder .*: put the pictures into a folder inside .*press R"
-    ):
+    sentence = (
+        "There is no folder .*: put the pictures into a folder inside .*press R" if text else "No folder is chosen"
+    )
+    with pytest.raises(files.FolderError, match=sentence):
         files.resolve(text, roots)
-
-
-def test_no_choice_is_refused(files, roots):
-    with pytest.raises(files.FolderError, match="No folder is chosen"):
-        files.resolve("  ", roots)
 
 
 @links
@@ -281,7 +261,9 @@ def test_the_folders_on_offer(files, roots, tmp_path):
     (root / "link").symlink_to(tmp_path / "outside", target_is_directory=True)
     paint(root / "a.png")
     assert files.subfolders(root) == ["1", "1/2", "1/2/3", "1/2/3/4", "set 2", "set 10", "set 10/a", "set 10/b"]
+    changed = (root / "set 2").stat().st_mtime_ns
     (root / "set 2" / "new").mkdir()
+    os.utime(root / "set 2", ns=(changed, changed))  # as where the disk's clock is coarse
     assert "set 2/new" in files.subfolders(root)
     assert files.subfolders(root / "gone") == []
 
@@ -341,7 +323,6 @@ def test_names_that_are_no_text_can_be_sent(files, roots):
     Image.new("RGB", (6, 4)).save(os.fsencode(roots["input"]) + b"/\xff.png", format="PNG")
     (entry,) = files.list_pictures(roots["input"], False, roots.values()).entries
     assert files.load(entry, files.How()).name == "\ufffd.png" and files.fingerprint([entry])
-    assert entry.name.encode()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files on this system")
@@ -418,33 +399,24 @@ def one(files: ModuleType, folder: Path, **how):
         ("a café".encode("cp1252"), "a café", "Windows-1252"),
         (b"\x81", "\ufffd", "Windows-1252"),
         (b" \n", "a picture", "1.txt: empty"),
+        (None, "a picture", None),
     ],
 )
 def test_captions_in_any_encoding(files, tmp_path, data, text, note):
     paint(tmp_path / "1.png")
-    (tmp_path / "1.txt").write_bytes(data)
+    if data is not None:
+        (tmp_path / "1.txt").write_bytes(data)
     example = one(files, tmp_path, caption_when_missing="a picture")
     assert example.caption == text and example.captioned == (text != "a picture")
     assert note in example.notes[0] if note else not example.notes
 
 
-def test_a_missing_caption(files, tmp_path):
-    paint(tmp_path / "1.png")
-    example = one(files, tmp_path, caption_when_missing="a picture")
-    assert (example.caption, example.captioned, example.notes) == ("a picture", False, [])
-
-
-def test_without_a_mask_the_whole_picture_counts(files, tmp_path):
+@pytest.mark.parametrize(("alpha_as_mask", "value"), [(False, 1.0), (True, 0.2)])
+def test_the_mask_where_there_is_no_mask_file(files, tmp_path, alpha_as_mask, value):
     paint(tmp_path / "1.png", (255, 0, 0, 51), mode="RGBA")
-    example = one(files, tmp_path)
-    assert example.mask.shape == (1, 4, 6) and example.mask.eq(1).all() and not example.masked
-    assert example.image.shape == (1, 4, 6, 3) and example.image.is_contiguous()
-
-
-def test_transparency_as_mask(files, tmp_path):
-    paint(tmp_path / "1.png", (255, 0, 0, 51), mode="RGBA")
-    example = one(files, tmp_path, alpha_as_mask=True)
-    torch.testing.assert_close(example.mask, torch.full((1, 4, 6), 0.2)) and example.masked
+    example = one(files, tmp_path, alpha_as_mask=alpha_as_mask)
+    assert example.image.shape == (1, 4, 6, 3) and example.masked is alpha_as_mask
+    torch.testing.assert_close(example.mask, torch.full((1, 4, 6), value))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "1"])
@@ -523,9 +495,6 @@ def test_the_report_says_what_became_of_every_file(files, roots):
     assert lines[1:4] == ["1 with a caption, 1 with a mask", "Skipped:", "- 3.png: damaged"]
     assert lines[4] == "Look at:" and lines[5].startswith("- 1.txt: not UTF-8") and len(lines) == 6
     assert files.report("input", 1, examples[:1], []).count("6 x 4") == 1
-
-
-def test_where_no_picture_is_left_the_report_is_a_refusal(files):
     bad = [f"{i}.png: damaged" for i in range(5)]
     with pytest.raises(
         files.FolderError, match=r"None of the pictures in 'x' .*\(0.png: .*; and 2 more\): replace them"

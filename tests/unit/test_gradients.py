@@ -17,7 +17,9 @@ def project_out(pack):
 def gradients(signs=(1, 1), scale: float = 1.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Two encoders of other widths and lengths: g+ = sign * n + something across, as float32."""
     generator = torch.Generator().manual_seed(5)
-    draws = [(torch.randn(3, width, generator=generator), torch.randn(3, width, generator=generator)) for width in (8, 20)]
+    draws = [
+        (torch.randn(3, width, generator=generator), torch.randn(3, width, generator=generator)) for width in (8, 20)
+    ]
     negative = [n * (10.0 ** (-i)) for i, (n, _) in enumerate(draws)]
     positive = [scale * (0.6 * sign * n + 0.8 * r) for sign, (n, r) in zip(signs, draws, strict=True)]
     return positive, negative
@@ -26,7 +28,9 @@ def gradients(signs=(1, 1), scale: float = 1.0) -> tuple[list[torch.Tensor], lis
 def by_hand(positive, negative, strength, one_sided) -> list[numpy.ndarray]:
     """g+ - strength (g+.n / n.n) n, every encoder by itself."""
     out = []
-    for g, n in ((g.double().numpy().ravel(), n.double().numpy().ravel()) for g, n in zip(positive, negative, strict=True)):
+    for g, n in (
+        (g.double().numpy().ravel(), n.double().numpy().ravel()) for g, n in zip(positive, negative, strict=True)
+    ):
         leave = one_sided and float(g @ n) < 0
         out.append(g if leave else g - strength * (g @ n) / (n @ n) * n)
     return out

@@ -364,7 +364,10 @@ def same(a, b) -> bool:
 
 
 def test_an_optimiser_comes_back_as_it_was(t, tmp_path):
-    parameters = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape, dtype in (((3, 2), torch.float32), ((5,), torch.float64))]
+    parameters = [
+        torch.nn.Parameter(torch.randn(shape, dtype=dtype))
+        for shape, dtype in (((3, 2), torch.float32), ((5,), torch.float64))
+    ]
     optimiser = torch.optim.Adam(parameters, lr=0.1 + 0.2, betas=(0.9, 0.99))
     for p in parameters:
         p.grad = torch.randn_like(p)
@@ -384,7 +387,10 @@ TREES = {
     "nothing": {},
     "plain values": {"a": None, "b": True, "c": 3, "d": 0.1 + 0.2, "e": "é\n", "f": [], "g": {}},
     "keys": {0: "zero", "0": "text", "deep": {1: {2: torch.ones(1)}}},
-    "kinds": [torch.ones(2, dtype=d) for d in (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)],
+    "kinds": [
+        torch.ones(2, dtype=d)
+        for d in (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
+    ],
     "shapes": [torch.tensor(3.0), torch.zeros(0, 4), torch.arange(6).view(2, 3).T, torch.ones(1, 1).expand(3, 2)],
     "not finite": [torch.tensor([math.nan, math.inf]).nan_to_num(1.0), {"x": math.inf}],
 }

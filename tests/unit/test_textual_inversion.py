@@ -125,7 +125,9 @@ def by_hand(trainer, steps: int) -> dict[str, torch.Tensor]:
             for key in g:
                 n = negatives[-1][key]
                 if s.method == "reference point":
-                    decayed = sum(s.average ** (t - j) * (1 - s.average) * past[key] for j, past in enumerate(negatives, 1))
+                    decayed = sum(
+                        s.average ** (t - j) * (1 - s.average) * past[key] for j, past in enumerate(negatives, 1)
+                    )
                     n = decayed / (1 - s.average**t)
                 shared = (g[key] * n).sum() / (n * n).sum()
                 if s.method == "paper" or shared > 0:
@@ -139,7 +141,10 @@ def by_hand(trainer, steps: int) -> dict[str, torch.Tensor]:
     return v
 
 
-@pytest.mark.parametrize("method, strength", [("plain", 1.0), ("paper", 1.0), ("paper", 0.5), ("reference point", 1.0), ("reference point", 0.4)])
+@pytest.mark.parametrize(
+    "method, strength",
+    [("plain", 1.0), ("paper", 1.0), ("paper", 0.5), ("reference point", 1.0), ("reference point", 0.4)],
+)
 def test_a_method_is_what_it_says(ti, method, strength):
     trainer = make(ti, method=method, strength=strength)
     run(trainer, 20)
@@ -147,6 +152,16 @@ def test_a_method_is_what_it_says(ti, method, strength):
         moved = (want - trainer.start[key]).abs().max()
         assert moved > 0.1, "the oracle stood still"
         assert (trainer.vectors[key].double() - want).abs().max() <= 2e-4 * moved
+
+
+def test_weights_of_noise_levels(pack):
+    """min(SNR, 5) / SNR; min(SNR + 1, 5) / SNR but never above 10; 1."""
+    want = {"min-SNR": [1, 1, 1, 0.5], "low frequencies": [10, 2, 1.25, 0.5], "uniform": [1, 1, 1, 1]}
+    snr = torch.tensor([0.01, 1.0, 4.0, 10.0])
+    weightings = pack.training.losses.WEIGHTINGS
+    assert {name: weigh(snr).tolist() for name, weigh in weightings.items()} == {
+        k: pytest.approx(v) for k, v in want.items()
+    }
 
 
 def test_the_methods_differ(ti):
@@ -193,7 +208,9 @@ def test_strength_nothing_is_plain_bit_for_bit(ti, method):
 
 def test_contrast_needs_negatives(ti):
     with pytest.raises(ValueError, match="paper.*negatives"):
-        ti.TextualInversion(TinyModel(), TinyText(), pictures(), [["{token}"]] * 5, vectors(), ti.Settings(method="paper"))
+        ti.TextualInversion(
+            TinyModel(), TinyText(), pictures(), [["{token}"]] * 5, vectors(), ti.Settings(method="paper")
+        )
 
 
 @pytest.mark.parametrize("batch", [2, 5, 8])
@@ -203,7 +220,11 @@ def test_a_pair_shares_everything_but_the_picture(ti, batch):
     for (latents, noise, sigma), captions in zip(trainer.denoiser.seen, trainer.encoder.asked, strict=True):
         rows = [int(c.split()[1]) for c in captions[:batch]]
         assert latents.equal(torch.cat([trainer.latents[rows], trainer.negatives[rows]]))
-        assert noise[:batch].equal(noise[batch:]) and sigma[:batch].equal(sigma[batch:]) and captions[:batch] == captions[batch:]
+        assert (
+            noise[:batch].equal(noise[batch:])
+            and sigma[:batch].equal(sigma[batch:])
+            and captions[:batch] == captions[batch:]
+        )
         assert len({n.sum().item() for n in noise[:batch]}) == batch, "every picture has noise of its own"
         assert max(rows.count(r) for r in rows) == -(-batch // 5), "a picture comes again before the others have come"
     noises = torch.cat([noise for _, noise, _ in trainer.denoiser.seen])
@@ -252,7 +273,9 @@ def test_stopped_half_way_and_resumed_is_as_if_never_stopped(pack, ti, tmp_path,
     with Run(tmp_path / "stopped", {}) as folder:
         assert [p.step for p in loop.train(resumed, folder, 20)] == list(range(11, 21))
     assert same(through.state_dict(), resumed.state_dict())
-    ends = [pack.training.artefact.read_tree(tmp_path / name / "checkpoint.safetensors") for name in ("through", "stopped")]
+    ends = [
+        pack.training.artefact.read_tree(tmp_path / name / "checkpoint.safetensors") for name in ("through", "stopped")
+    ]
     assert same(*ends) and ends[0]["step"] == 20
 
 
@@ -294,13 +317,17 @@ def test_what_is_said_is_finite_and_right(ti):
 def test_the_state_is_small(ti):
     """C11: four vectors of SD1.5 with all that is kept for them."""
     start = {"clip_l": torch.zeros(4, 768) + 0.1}
-    trainer = ti.TextualInversion(TinyModel(), TinyText(), pictures(), [["{token}"]] * 5, start, ti.Settings(method="plain"))
+    trainer = ti.TextualInversion(
+        TinyModel(), TinyText(), pictures(), [["{token}"]] * 5, start, ti.Settings(method="plain")
+    )
     trainer.vectors["clip_l"].grad = torch.ones(4, 768)
     trainer.optimiser.step()
 
     def size(node):
         if isinstance(node, torch.Tensor):
             return node.numel() * node.element_size()
-        return sum(size(x) for x in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()))
+        return sum(
+            size(x) for x in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
+        )
 
     assert 3 * 4 * 768 * 4 <= size(trainer.state_dict()) <= 64 * 1024

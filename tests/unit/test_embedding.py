@@ -1,0 +1,178 @@
+"""The file that carries a learned word: what is in it, what it may be called, and that nothing is ever overwritten."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+WORD = {"clip_l": torch.arange(24, dtype=torch.float32).view(3, 8)}
+TWO = {"clip_l": torch.ones(2, 8), "clip_g": torch.ones(2, 20)}
+
+
+@pytest.fixture
+def word(pack):
+    """A function that makes an EMBEDDING."""
+
+    def word(vectors=WORD, name="anything", **facts):
+        return pack.training.embedding.Embedding({k: v.clone() for k, v in vectors.items()}, name, facts)
+
+    return word
+
+
+@pytest.fixture
+def save(pack):
+    return pack.nodes.embedding.save
+
+
+@pytest.fixture
+def root(folders, monkeypatch):
+    """models/embeddings, and a second embeddings folder beside it: `root.parent / "more"`."""
+    import folder_paths
+
+    for name in ("embeddings", "more"):
+        (folders / "models" / name).mkdir(parents=True)
+    paths = [str(folders / "models" / name) for name in ("embeddings", "more")]
+    moved = {**folder_paths.folder_names_and_paths, "embeddings": (paths, {".safetensors", ".pt", ".bin"})}
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", moved)
+    return folders / "models" / "embeddings"
+
+
+def names(folder) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("vectors", [WORD, TWO, {"t5xxl": torch.zeros(1, 4).half()}], ids=lambda v: "+".join(v))
+def test_the_file_holds_comfyuis_keys_and_nothing_else(pack, word, tmp_path, vectors):
+    (tmp_path / "x.safetensors").write_bytes(pack.training.embedding.to_bytes(word(vectors, steps=5, method="paper")))
+    with safe_open(tmp_path / "x.safetensors", "pt") as f:
+        tensors, facts = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+    assert tensors.keys() == vectors.keys()
+    assert all(t.dtype == torch.float32 and t.equal(vectors[k].float()) for k, t in tensors.items())
+    assert (
+        facts["modelspec.trigger_phrase"] == "anything"
+        and facts["method"] == "paper"
+        and json.loads(facts["steps"]) == 5
+    )
+
+
+def test_a_file_comes_back_as_it_was(pack, word, tmp_path):
+    facts = {"method": "reference point", "strength": 0.5, "steps": 200, "seed": 0, "start": "picture"}
+    (tmp_path / "style.safetensors").write_bytes(pack.training.embedding.to_bytes(word(TWO, "style", **facts)))
+    back = pack.training.embedding.load(tmp_path / "style.safetensors")
+    assert back.name == "style" and back.facts == facts and back.count == 2
+    assert back.vectors.keys() == TWO.keys() and all(back.vectors[k].equal(v) for k, v in TWO.items())
+
+
+@pytest.mark.parametrize("vectors", [{"emb_params": torch.ones(2, 8)}, {"emb_params": torch.ones(8)}, {"<x>": torch.ones(8)}, {"clip_l": torch.ones(8)}],
+                         ids=["emb_params", "one vector", "diffusers", "one dimension"])  # fmt: skip
+def test_files_of_other_programs_load(pack, tmp_path, vectors):
+    save_file(vectors, tmp_path / "theirs.safetensors")
+    theirs = pack.training.embedding.load(tmp_path / "theirs.safetensors")
+    (values,) = theirs.vectors.values()
+    assert values.ndim == 2 and values.shape[1] == 8 and values.dtype == torch.float32 and theirs.count == len(values)
+
+
+@pytest.mark.parametrize("tensors", [{"unet.weight": torch.ones(2, 3, 3)}, {}], ids=["a weight", "nothing"])
+def test_what_is_not_an_embedding_is_refused_by_name(pack, tmp_path, tensors):
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="lora.safetensors is not an embedding"):
+        pack.training.embedding.load(tmp_path / "lora.safetensors")
+
+
+def test_a_broken_file_is_refused_by_name(pack, tmp_path):
+    (tmp_path / "torn.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{}")
+    with pytest.raises(Exception, match="torn"):
+        pack.training.embedding.load(tmp_path / "torn.safetensors")
+
+
+GOOD = ["style", "my-style", "My_Style.v2", "0", "a.b-c_d"]
+BAD = ["", " ", "my style", "a,b", "<style>", "a[1]", "../style", "sub/style", "sub\\style", "/etc/x", "C:style", "..", ".style", "-x",
+       "style\n", "a\tb", "été", "a:1.3", "(a)", "a\0b"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_names(pack, name):
+    assert pack.training.embedding.check_name(name) == name
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_names_are_refused_with_a_better_one(pack, word, save, root, name):
+    with pytest.raises(pack.training.embedding.BadName) as refused:
+        save(word(), name)
+    *_, better = str(refused.value).rstrip(".").rpartition(" ")
+    assert pack.training.embedding.check_name(better.strip("'")) and repr(name) in str(refused.value)
+    assert names(root) == [] and names(root.parent) == ["embeddings", "more"]
+
+
+def test_the_same_word_twice_is_one_file(word, save, root):
+    many = {f"fact {i}": i for i in range(8)}
+    first = save(word(**many), "style")
+    again = [save(word(**many), "style") for _ in range(5)]
+    assert set(again) == {first} and names(root) == ["style.safetensors"]
+
+
+def test_another_word_gets_a_number_and_nothing_is_overwritten(pack, word, save, root):
+    save(word(), "style")
+    before = (root / "style.safetensors").read_bytes()
+    assert [save(word(TWO), "style").name, save(word(seed=3), "style").name] == [
+        "style-2.safetensors",
+        "style-3.safetensors",
+    ]
+    assert save(word(TWO), "style").name == "style-2.safetensors", "it is there already"
+    assert (root / "style.safetensors").read_bytes() == before
+    facts = pack.training.artefact.read(root / "style-2.safetensors")[1]
+    assert facts["modelspec.trigger_phrase"] == "style-2", "the file says the name it really has"
+
+
+@pytest.mark.parametrize(
+    "where", ["more/style.safetensors", "more/style.pt", "embeddings/sub/style.safetensors", "more/sub/style.bin"]
+)
+def test_a_name_that_exists_under_another_root_is_refused(word, save, root, where):
+    """ComfyUI would pick one of the two."""
+    other = root.parent / where
+    other.parent.mkdir(exist_ok=True)
+    other.write_bytes(b"theirs")
+    with pytest.raises(ValueError, match="'style' exists in .*choose another name"):
+        save(word(), "style")
+    assert not (root / "style.safetensors").exists() and other.read_bytes() == b"theirs"
+
+
+def test_a_number_that_exists_under_another_root_is_not_taken(word, save, root):
+    (root.parent / "more" / "style-2.safetensors").write_bytes(b"theirs")
+    save(word(), "style")
+    try:
+        assert save(word(TWO), "style").name == "style-3.safetensors"
+    except ValueError as refused:
+        assert "style-2" in str(refused)
+
+
+@pytest.mark.parametrize("ending", [".pt", ".bin"])
+def test_a_file_of_another_format_is_not_put_in_the_shade(word, save, root, ending):
+    """ComfyUI prefers .safetensors: prompts that say embedding:style would silently mean our word from now on."""
+    (root / f"style{ending}").write_bytes(b"theirs")
+    try:
+        assert save(word(), "style").stem != "style"
+    except ValueError as refused:
+        assert "'style'" in str(refused)
+
+
+def test_the_preview_lies_beside_the_file(word, save, root):
+    from PIL import Image
+
+    save(word(), "style.v2", torch.full((2, 4, 6, 3), 0.5))
+    assert names(root) == ["style.v2.png", "style.v2.safetensors"]
+    assert Image.open(root / "style.v2.png").size == (6, 4)
+
+
+def test_the_preview_of_another_word_is_not_overwritten(word, save, root):
+    save(word(), "style", torch.zeros(1, 2, 2, 3))
+    black = (root / "style.png").read_bytes()
+    save(word(TWO), "style", torch.ones(1, 2, 2, 3))
+    assert (root / "style.png").read_bytes() == black and (root / "style-2.png").exists()
+
+
+def test_saving_into_a_folder_that_is_not_there_yet(word, save, root):
+    root.rmdir()
+    assert save(word(), "style", torch.zeros(1, 2, 2, 3)).is_file()
