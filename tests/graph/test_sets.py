@@ -119,6 +119,12 @@ def test_a_set_is_pictures_texts_and_a_manifest(graph, folders):
     assert all((a - b).abs().mean() > 0.01 for i, a in enumerate(shown) for b in shown[:i])
 
 
+def test_the_manifest_says_which_models_painted(graph, folders, pack):
+    run, fingerprint = graph(generate()), pack.nodes.bridge.fingerprint
+    manifest = json.loads((folders / "output" / "mine" / "manifest.json").read_text())
+    assert {fingerprint(run.value("1", slot)) for slot in range(3)} <= {str(v) for v in manifest.values()}
+
+
 def test_a_picture_is_what_core_paints(graph, folders):
     """Number 2 of the set is KSampler's picture of that prompt with seed + 2."""
     core = {
@@ -163,7 +169,7 @@ def test_interrupted_it_goes_on_with_what_is_missing(graph, folders):
     assert cut.interrupted and list(before) and len(before) == 2
     rest = Graph()(generate(name="cut"))
     assert before.items() <= times(folder).items(), "a picture was painted twice"
-    assert len(rest.sent("progress")) < len(whole.sent("progress"))
+    assert [run.sent("progress")[-1]["max"] for run in (whole, rest)] == [6, 3], "steps of two batches and of one"
     assert (pictures(rest) - pictures(whole)).abs().max() <= 2 / 255
     assert files(folder).keys() == files(folders / "output" / "whole").keys() and (folder / "manifest.json").exists()
 

@@ -336,9 +336,10 @@ def test_a_changed_setting_is_a_new_run(graph, folders, every_step):
     for change in changes:
         assert steps(graph(prompt(steps=2, **change))) == [1, 2], change
     assert len(list((folders / "output" / "counterpoint").iterdir())) == len(changes)
-    other = prompt(steps=2)
-    other["2"]["inputs"]["seed"] = 9
-    assert steps(graph(other)) == [1, 2], "other pictures"
+    for id, what in {"1": "models", "2": "pictures", "3": "negatives"}.items():
+        other = prompt(steps=2)
+        other[id]["inputs"]["seed"] = 9
+        assert steps(graph(other)) == [1, 2], f"other {what}"
 
 
 @pytest.mark.parametrize("at", ["fsync", "replace"])

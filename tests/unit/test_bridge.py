@@ -504,40 +504,57 @@ def test_the_same_weights_have_the_same_fingerprint(bridge, build):
         assert len(prints[0]) == 12 and set(prints[0]) <= set("0123456789abcdef")
 
 
-def test_whatever_changes_the_pictures_changes_the_models_fingerprint(bridge, build):
-    base, other = build.sd15_model(), build.sd15_model()
+def test_weights_and_patches_change_the_fingerprint(bridge, build):
+    base, tuned = build.sd15_model(), build.sd15_model()
     with torch.inference_mode():
-        for name, p in other.model.named_parameters():
+        for name, p in tuned.model.named_parameters():
             if "attn2.to_" in name:
                 p.mul_(1.5)
-    variants = {
-        "base": base, "attention tuned": other, "LoRA": with_lora(base), "weaker LoRA": with_lora(base, 0.5), "other LoRA": with_lora(base, amount=0.2),
-        "two LoRAs": with_lora(with_lora(base)), "v prediction": as_kind(base, "V_PREDICTION"), "other weights": build.sd15_model(1),
-    }  # fmt: skip
-    prints = {name: bridge.fingerprint(model) for name, model in variants.items()}
-    assert len(set(prints.values())) == len(prints), prints
-    assert prints["LoRA"] == bridge.fingerprint(with_lora(build.sd15_model())), "and is the same after a restart"
+    lora = with_lora(base)
+    models = [
+        base,
+        tuned,
+        lora,
+        with_lora(base, 0.5),
+        with_lora(base, amount=0.2),
+        with_lora(lora),
+        build.sd15_model(1),
+    ]
+    prints = [bridge.fingerprint(model) for model in models]
+    assert len(set(prints)) == len(prints)
+    assert bridge.fingerprint(with_lora(build.sd15_model())) == prints[2], "and is the same after a restart"
 
 
-def test_whatever_changes_the_conditioning_changes_the_clips_fingerprint(bridge, build):
-    base = build.sd15_clip()
-    skipping = base.clone()
-    skipping.clip_layer(-2)
-    key = next(k for k in base.cond_stage_model.state_dict() if k.endswith("layers.0.mlp.fc1.weight"))
-    patched = base.clone()
-    patched.add_patches({key: ("diff", (torch.full_like(base.cond_stage_model.state_dict()[key], 0.05),))})
-    words = [bridge.with_embeddings(base, {"word": {"clip_l": numbers(1, 32, seed=s)}}) for s in (1, 2, 1)]
-    variants = {
-        "base": base,
-        "clip skip": skipping,
-        "LoRA": patched,
-        "a word": words[0],
-        "another word": words[1],
-        "other weights": build.sd15_clip(1),
-    }
-    prints = {name: bridge.fingerprint(clip) for name, clip in variants.items()}
-    assert len(set(prints.values())) == len(prints), prints
-    assert bridge.fingerprint(words[2]) == prints["a word"]
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_another_kind_of_prediction_changes_the_fingerprint(bridge, build, kind):
+    """Core's ModelSampling nodes: other pictures, another meaning of what was learned."""
+    base = build.sd15_model()
+    assert bridge.fingerprint(as_kind(base, kind)) != bridge.fingerprint(base)
+
+
+CLIPS = {  # ways of making another CLIP of one
+    "LoRA": lambda bridge, clip: with_lora(clip.patcher, key=FC1),
+    "clip skip": lambda bridge, clip: skipping(clip, -2),
+    "a word": lambda bridge, clip: bridge.with_embeddings(clip, {"word": {"clip_l": numbers(1, 32)}}),
+    "another word": lambda bridge, clip: bridge.with_embeddings(clip, {"word": {"clip_l": numbers(1, 32, seed=2)}}),
+}
+FC1 = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+
+
+def skipping(clip, layer: int):
+    clone = clip.clone()
+    clone.clip_layer(layer)
+    return clone
+
+
+@pytest.mark.parametrize("change", CLIPS)
+def test_whatever_changes_the_conditioning_changes_the_fingerprint(bridge, build, change):
+    clips = [build.sd15_clip(), build.sd15_clip()]
+    base = bridge.fingerprint(clips[0])
+    prints = [bridge.fingerprint(CLIPS[change](bridge, clip)) for clip in clips]
+    assert prints[0] == prints[1] != base
+    others = {bridge.fingerprint(CLIPS[name](bridge, clips[0])) for name in CLIPS if name != change}
+    assert prints[0] not in others
 
 
 def test_a_fingerprint_does_not_depend_on_what_is_loaded(bridge, build):
