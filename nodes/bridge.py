@@ -6,6 +6,8 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterator
 
 import comfy.model_management
@@ -112,7 +114,7 @@ class ComfyTextEncoder:
         for caption, leaves in zip(captions, vectors, strict=True):
             rows.append(distinct.setdefault((caption, id(leaves)), (len(distinct), caption, leaves))[0])
         made = [self._encode_one(caption, leaves) for _, caption, leaves in distinct.values()]
-        longest = max(states.shape[1] for states, _ in made)
+        longest = math.lcm(*(states.shape[1] for states, _ in made))
         states = torch.cat([self._lengthen(states, longest) for states, _ in made])
         pooled = None if made[0][1] is None else torch.cat([p for _, p in made])
         return Conditioning(states, pooled).expand(rows)
@@ -124,11 +126,7 @@ class ComfyTextEncoder:
 
     @staticmethod
     def _lengthen(states: torch.Tensor, longest: int) -> torch.Tensor:
-        """As core does for cross-attention: whole repeats change nothing; anything else is refused."""
-        if longest % states.shape[1]:
-            raise ValueError(
-                f"The captions become {states.shape[1]} and {longest} tokens long, which cannot share a batch: shorten the longest."
-            )
+        """As core does for cross-attention: whole repeats change nothing."""
         return states.repeat(1, longest // states.shape[1], 1)
 
 
@@ -160,7 +158,7 @@ def with_embeddings(clip, table: dict[str, Vectors]):
         if hasattr(part, "embedding_key") and hasattr(part, "_try_get_embedding"):
             own = copy.copy(part)
             own.embedding_directory = part.embedding_directory or []
-            own._try_get_embedding = _Lookup(part._try_get_embedding, part.embedding_key, table)
+            own._try_get_embedding = _Lookup(own._try_get_embedding, part.embedding_key, table)
             setattr(clone.tokenizer, attribute, own)
     return clone
 
@@ -172,7 +170,8 @@ class _Lookup:
         self.otherwise, self.key, self.table = otherwise, key, table
 
     def __call__(self, text: str):
-        word, _, rest = text.partition(" ")
+        word = re.match(r"[^\s<\[]*", text.lstrip()).group()
+        rest = " ".join(text.lstrip()[len(word) :].split())
         bare = word.rstrip(",")
         name = bare.removesuffix(".safetensors")
         if name not in self.table:
@@ -213,8 +212,16 @@ def native_size(model) -> int:
     return 768 if isinstance(config, comfy.supported_models.SD20) else 1024
 
 
+def for_encoders(clip, vectors: Vectors) -> Vectors:
+    """A1111's and diffusers' files name no encoder; where there is one only, it is meant."""
+    keys = list(encoder_tokenizers(clip))
+    known = re.fullmatch(r"(clip_|t5|bert|llama|qwen|mistral|gemma).*", next(iter(vectors)))
+    return vectors if known or len(vectors) > 1 or len(keys) > 1 else {keys[0]: next(iter(vectors.values()))}
+
+
 def check_embedding_fits(clip, embedding: Embedding) -> None:
     """ComfyUI drops vectors of another width with a warning in the log; this says it where it is seen."""
+    embedding.vectors = for_encoders(clip, embedding.vectors)
     for key, tokenizer in encoder_tokenizers(clip).items():
         if key in embedding.vectors and embedding.vectors[key].shape[-1] != tokenizer.embedding_size:
             raise ValueError(
@@ -251,13 +258,27 @@ def fingerprint(thing) -> str:
     )
     parameters = sorted(module.named_parameters(), key=lambda item: (item[1].numel(), item[0]))
     for name, p in parameters[:: max(1, len(parameters) // 12)]:
-        digest.update(name.encode() + _bytes(p))
+        kept = patcher.backup.get(name)  # what the weight was before a patched clone was loaded into the shared network
+        digest.update(name.encode() + _bytes(p if kept is None else kept.weight))
     for name in sorted(patcher.patches):
         digest.update(name.encode())
         for strength, patch, *_ in patcher.patches[name]:
             digest.update(str(strength).encode())
             for t in _tensors(patch):
                 digest.update(_bytes(t))
+    for name in sorted(patcher.object_patches):
+        patch = patcher.object_patches[name]
+        digest.update(name.encode() + repr([k.__name__ for k in type(patch).__mro__]).encode())
+        for t in getattr(patch, "buffers", tuple)():
+            digest.update(_bytes(t))
+    digest.update(str(getattr(thing, "layer_idx", None)).encode())
+    for part in getattr(getattr(thing, "tokenizer", None), "__dict__", {}).values():
+        lookup = getattr(part, "_try_get_embedding", None)
+        while isinstance(lookup, _Lookup):
+            for name in sorted(lookup.table):
+                for key, vectors in sorted(lookup.table[name].items()):
+                    digest.update(f"{name} {key}".encode() + vectors.detach().float().cpu().clone().numpy().tobytes())
+            lookup = lookup.otherwise
     return digest.hexdigest()[:12]
 
 

@@ -89,17 +89,25 @@ def save(embedding: files.Embedding, name: str, preview: torch.Tensor | None = N
     """Write to the first embeddings folder. The same bytes under the same name are left as they are."""
     root = Path(folder_paths.get_folder_paths("embeddings")[0])
     _refuse_elsewhere(files.check_name(name), root)
-    data = files.to_bytes(files.Embedding(embedding.vectors, name, embedding.facts))
     file, n = root / f"{name}{SUFFIX}", 1
-    while file.exists() and file.read_bytes() != data:
+    while True:
+        data = files.to_bytes(files.Embedding(embedding.vectors, file.name.removesuffix(SUFFIX), embedding.facts))
+        if not _taken(file, data):
+            break
         n += 1
         file = root / f"{name}-{n}{SUFFIX}"
-        data = files.to_bytes(files.Embedding(embedding.vectors, file.stem, embedding.facts))
+        _refuse_elsewhere(f"{name}-{n}", root)
     if not file.exists():
         artefact.write_whole(file, data)
     if preview is not None:
         to_image(preview[0].movedim(-1, 0)).save(file.with_suffix(".png"))
     return file
+
+
+def _taken(file: Path, data: bytes) -> bool:
+    """By another word, in any of the formats that ComfyUI reads."""
+    others = any(file.with_name(file.name.removesuffix(SUFFIX) + ending).exists() for ending in (".pt", ".bin"))
+    return file.read_bytes() != data if file.exists() else others
 
 
 def _refuse_elsewhere(name: str, root: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -21,7 +23,7 @@ from PIL import Image
 from ..training import artefact
 from ..training.loop import Progress
 from ..training.run import Run, config_hash
-from .bridge import fingerprint, native_size
+from .bridge import Conditioning, check_belong_together, fingerprint, native_size
 from .progress import Reporter
 
 CATEGORY = "Counterpoint/dataset"
@@ -61,6 +63,8 @@ def generate_set(model, clip, vae, prompts: list[str], recipe: Recipe, name: str
     encoded = {
         p: clip.encode_from_tokens_scheduled(clip.tokenize(p)) for p in dict.fromkeys([*prompts, recipe.negative])
     }
+    for (states, facts), *_ in encoded.values():
+        check_belong_together(model, Conditioning(states, facts.get("pooled_output")))
     # What the prompts mean, rather than which CLIP reads them: a learned word may come from memory or from a file.
     config = {
         "prompts": _hash(prompts, encoded),
@@ -69,6 +73,8 @@ def generate_set(model, clip, vae, prompts: list[str], recipe: Recipe, name: str
         "vae": fingerprint(vae),
     }
     folder = set_folder(name, kind, config)
+    if folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir()):
+        raise ValueError(f"The folder {folder.name!r} in ComfyUI's output holds something else: choose another name.")
     with Run(folder, config) as run:
         files = [run.folder / f"{i:05d}.png" for i in range(len(prompts))]
         missing = [i for i, f in enumerate(files) if not f.exists()]
@@ -82,6 +88,9 @@ def generate_set(model, clip, vae, prompts: list[str], recipe: Recipe, name: str
         _paint(model, vae, prompts, encoded, recipe, files, missing, batch or _fitting_batch(model, recipe))
         manifest = {
             "recipe": asdict(recipe),
+            "model": config["model"],
+            "clip": fingerprint(clip),
+            "vae": config["vae"],
             "pictures": [{"file": f.name, "prompt": p} for f, p in zip(files, prompts, strict=True)],
         }
         artefact.write_whole(run.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
@@ -128,6 +137,7 @@ def _paint(
     groups: dict[int, list[int]] = {}
     for i in missing:  # only prompts of equal token length can share a batch
         groups.setdefault(encoded[prompts[i]][0][0].shape[1], []).append(i)
+    batch = 1 if draws_noise(recipe.sampler) else batch
     batches = [rows[k : k + batch] for rows in groups.values() for k in range(0, len(rows), batch)]
     reporter = Reporter(len(batches) * recipe.steps)
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
@@ -154,8 +164,14 @@ def sample(model, positives: list, negative, recipe: Recipe, numbers: list[int],
     )
     return comfy.sample.sample(
         model, noise, recipe.steps, recipe.cfg, recipe.sampler, recipe.scheduler, together(positives), negative, latents,
-        callback=tell, disable_pbar=True, seed=recipe.seed,
+        callback=tell, disable_pbar=True, seed=recipe.seed + numbers[0],
     )  # fmt: skip
+
+
+def draws_noise(sampler: str) -> bool:
+    """Whether a sampler adds noise of its own on the way; it would depend on who else is in the batch."""
+    function = getattr(comfy.k_diffusion.sampling, f"sample_{sampler}", None)
+    return function is not None and "noise_sampler" in inspect.signature(function).parameters
 
 
 def together(conditionings: list) -> list:
@@ -286,6 +302,16 @@ class GenerateSet(io.ComfyNode):
         return _output(cls, images, lines, folder)
 
 
+def template_fault(text: str | None) -> str:
+    """What is wrong with a template; None is one that another node will give."""
+    missing = [] if text is None else [w for w in ("{caption}", "{generic}") if w not in text]
+    return (
+        f"The template needs {' and '.join(missing)}, as in '{{caption}} in the style of {{generic}}'."
+        if missing
+        else ""
+    )
+
+
 class NegativeSet(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -324,16 +350,13 @@ class NegativeSet(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, template):
         (text,) = template  # a list, as everything that a node with is_input_list gets
-        missing = [w for w in ("{caption}", "{generic}") if w not in text]
-        return (
-            f"The template needs {' and '.join(missing)}, as in '{{caption}} in the style of {{generic}}'."
-            if missing
-            else True
-        )
+        return template_fault(text) or True
 
     @classmethod
     def execute(cls, model, clip, vae, captions, template, generic, **rest) -> io.NodeOutput:
         values = {k: v[0] for k, v in rest.items()}
+        if fault := template_fault(template[0]):
+            raise ValueError(fault)
         prompts = [template[0].replace("{caption}", c.strip()).replace("{generic}", generic[0]) for c in captions]
         images, folder = generate_set(
             model[0],

@@ -47,12 +47,14 @@ ACTIVATIONS_OVER_SAMPLING = (
     6  # memory of a training pass over what ComfyUI estimates for a sampling pass of the same batch
 )
 CURVE_POINTS = 500
+TEMPLATE = f"The template needs {TOKEN} once, as in 'a picture in the style of {TOKEN}'."
 
 
 def ways_to_caption(captions: list[str], template: str, use: str) -> list[list[str]]:
     """For each picture the captions that training may draw: the template alone, the caption in it, or either."""
-    described = [f"{c.strip()} {template[template.index('in the style') :]}" if "in the style" in template else f"{c.strip()}, {TOKEN}"
-                 for c in captions]  # fmt: skip
+    found = template.find("in the style")
+    tail = f" {template[found:]}" if found >= 0 and TOKEN in template[found:] else f", {TOKEN}"
+    described = [c.strip() + tail for c in captions]
     return {
         "template": [[template] for _ in captions],
         "caption": [[d] for d in described],
@@ -235,10 +237,8 @@ class TrainEmbedding(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, template):
-        (text,) = template  # a list, as everything that a node with is_input_list gets
-        if text.count(TOKEN) != 1:
-            return f"The template needs {TOKEN} once, as in 'a picture in the style of {TOKEN}'."
-        return True
+        (text,) = template  # a list, as everything that a node with is_input_list gets; None where it comes from a node
+        return True if text is None or text.count(TOKEN) == 1 else TEMPLATE
 
     @classmethod
     def execute(cls, model, clip, vae, images, captions=None, negatives=None, **rest) -> io.NodeOutput:
@@ -247,12 +247,17 @@ class TrainEmbedding(io.ComfyNode):
         learned, records, report = job.run()
         curve = smoothed([r["loss"] for r in records])
         return io.NodeOutput(
-            learned, {"loss": curve}, report, ui={"text": [report], "counterpoint_loss": thinned(curve)}
+            learned, {"loss": plottable(curve)}, report, ui={"text": [report], "counterpoint_loss": thinned(curve)}
         )
 
 
 def smoothed(values: list[float], window: int = 20) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def plottable(curve: list[float]) -> list[float]:
+    """Core's plot divides by the range of what it gets."""
+    return curve if len(set(curve)) > 1 else [*(curve or [0.0]), (curve or [0.0])[-1] + 1e-6]
 
 
 def thinned(values: list[float]) -> list[float]:
@@ -279,6 +284,8 @@ class Job:
 
     def _check(self) -> None:
         n, use = len(self.images), self.values["caption_use"]
+        if self.values["template"].count(TOKEN) != 1:
+            raise ValueError(TEMPLATE)
         if not n:
             raise ValueError("There are no pictures to learn from: connect Load Dataset or Pocket Pictures.")
         if use != "template" and len(self.captions) != n:
@@ -354,7 +361,7 @@ class Job:
         return self._result(run, vectors, done, said)
 
     def _follow(self, steps, trainer, reporter: Reporter, model, clip, run: Run) -> tuple[int, str]:
-        done, announced = 0, False
+        done, announced = (run.load_checkpoint() or (0,))[0], False
         try:
             for progress in steps:
                 done = progress.step

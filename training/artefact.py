@@ -31,7 +31,11 @@ def write_whole(path: Path, data: bytes) -> None:
 def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object] | None = None) -> bytes:
     """The bytes of a .safetensors; metadata values that are not strings are stored as JSON."""
     facts = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in (metadata or {}).items()}
-    return save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, facts)
+    data = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, facts)
+    end = 8 + int.from_bytes(data[:8], "little")  # safetensors writes the metadata in a random order
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object] | None = None) -> None:

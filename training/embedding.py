@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from . import artefact
 from .protocols import Vectors
 
@@ -48,7 +50,10 @@ def to_bytes(embedding: Embedding) -> bytes:
 
 def load(path: Path) -> Embedding:
     """An embedding from a .safetensors with one (k, width) or (width,) tensor per encoder."""
-    tensors, metadata = artefact.read(path)
+    try:
+        tensors, metadata = artefact.read(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is broken ({error}): copy or save it again.") from error
     wrong = {k: tuple(v.shape) for k, v in tensors.items() if v.ndim not in (1, 2)}
     if wrong or not tensors:
         raise ValueError(

@@ -26,6 +26,6 @@ def project_out(positive: list[torch.Tensor], negative: list[torch.Tensor], stre
         skip = size <= TINY**2 or (one_sided and shared <= 0)
         out.append(g if skip else g - strength * (shared / size).to(g.dtype) * n)
     norms = dot(positive, positive).sqrt(), dot(negative, negative).sqrt()
-    cosine = (dot(positive, negative) / (norms[0] * norms[1]).clamp_min(TINY)).item()
+    cosine = (dot(positive, negative) / (norms[0] * norms[1]).clamp_min(TINY**4)).item()
     removed = dot(*[[g - u for g, u in zip(positive, out, strict=True)]] * 2).sqrt() / norms[0].clamp_min(TINY)
     return out, {"cosine": cosine, "removed": removed.item()}

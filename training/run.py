@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -78,10 +79,13 @@ class Run:
         try:
             artefact.write_tree(self.checkpoint_file, {"step": step, "state": state})
         except OSError as error:
-            raise RunError(
-                f"The checkpoint of step {step} could not be written to {self.folder} ({error.strerror or error}): "
-                f"free some disk space and queue again; the last checkpoint is whole."
-            ) from error
+            raise self._unwritable(f"The checkpoint of step {step}", error) from error
+
+    def _unwritable(self, what: str, error: OSError) -> RunError:
+        return RunError(
+            f"{what} could not be written to {self.folder} ({error.strerror or error}): "
+            f"free some disk space and queue again; the last checkpoint is whole."
+        )
 
     def load_checkpoint(self) -> tuple[int, dict] | None:
         if not self.checkpoint_file.exists():
@@ -90,8 +94,11 @@ class Run:
         return tree["step"], tree["state"]
 
     def log(self, record: dict) -> None:
-        with open(self.log_file, "a") as f:
-            f.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")
+        try:
+            with open(self.log_file, "a") as f:
+                f.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")
+        except OSError as error:
+            raise self._unwritable(f"The log of step {record['step']}", error) from error
 
     def history(self, upto: int | None = None) -> list[dict]:
         """Logged records, one per step, in order; what an interrupted run logged beyond its checkpoint is left out."""
@@ -99,8 +106,9 @@ class Run:
             return []
         records = {}
         for line in self.log_file.read_text().splitlines():
-            record = json.loads(line)
-            records[record["step"]] = record
+            with contextlib.suppress(ValueError):  # half a line, where the disk was full or the power failed
+                record = json.loads(line[line.rindex('{"time"') :])
+                records[record["step"]] = record
         return [records[s] for s in sorted(records) if upto is None or s <= upto]
 
 

@@ -63,13 +63,16 @@ class TextualInversion:
         loss, positive, negative = self._gradients(batch, self._pick_captions(batch.rows, generator))
         said = {"loss": loss}
         if self.contrastive:
-            negative = self._reference(negative) if self.settings.method == "reference point" else negative
+            average = self._reference(negative) if self.settings.method == "reference point" else None
+            negative = average or negative
             one_sided = self.settings.method == "reference point"
             positive, contrast = project_out(positive, negative, self.settings.strength, one_sided)
             said |= contrast
         size = dot(positive, positive).sqrt().item()
         if not (math.isfinite(loss) and math.isfinite(size)):
             raise Diverged(f"The loss of step {i + 1} is not a number")
+        if self.contrastive and average:
+            self.average, self.averaged = dict(zip(self.average, average, strict=True)), self.averaged + 1
         for (_, vector), gradient in zip(self.vectors.items(), positive, strict=True):
             vector.grad = gradient.to(vector)
         for group in self.optimiser.param_groups:
@@ -105,11 +108,9 @@ class TextualInversion:
         return losses[0].item(), list(gradients[:count]), list(gradients[count:])
 
     def _reference(self, negative: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Running mean of the negative gradient, without the bias towards its zero start."""
-        keep, self.averaged = self.settings.average, self.averaged + 1
-        for mean, g in zip(self.average.values(), negative, strict=True):
-            mean.mul_(keep).add_(g.to(mean), alpha=1 - keep)
-        return [m / (1 - keep**self.averaged) for m in self.average.values()]
+        """The running mean of the negative gradient with this step's; its length does not matter to a projection."""
+        keep = self.settings.average
+        return [m * keep + g.to(m) * (1 - keep) for m, g in zip(self.average.values(), negative, strict=True)]
 
     def _learning_rate(self, i: int) -> float:
         """Ten steps of warm-up, then a line down to a tenth."""

@@ -12,7 +12,9 @@ def node(kind: str, **inputs) -> dict:
     return {"class_type": kind, "inputs": inputs}
 
 
-def painting(text="a red cube on a meadow, smooth shading, full colour, no outline", seed=1, batch=2, model=("1", 0)) -> dict:
+def painting(
+    text="a red cube on a meadow, smooth shading, full colour, no outline", seed=1, batch=2, model=("1", 0)
+) -> dict:
     """2 text, 3 empty text, 4 latent, 5 sampler, 6 picture."""
     return {
         **LOAD,
@@ -29,7 +31,16 @@ def painting(text="a red cube on a meadow, smooth shading, full colour, no outli
 
 
 def pictures(count=4, **changed) -> dict:
-    inputs = {"count": count, "style": "any", "shape": "any", "colour": "any", "pattern": "any", "background": "any", "captions": "content", "seed": 3}
+    inputs = {
+        "count": count,
+        "style": "any",
+        "shape": "any",
+        "colour": "any",
+        "pattern": "any",
+        "background": "any",
+        "captions": "content",
+        "seed": 3,
+    }
     return node("CounterpointPocketPictures", **{**inputs, **changed})
 
 
@@ -43,29 +54,39 @@ def test_stock_nodes_paint_with_it(graph):
 
 
 def test_the_vae_returns_what_it_was_given(graph):
-    run = graph({
-        **LOAD,
-        "2": pictures(count=1),
-        "3": node("VAEEncode", pixels=["2", 0], vae=["1", 2]),
-        "4": node("VAEDecode", samples=["3", 0], vae=["1", 2]),
-        "5": node("PreviewImage", images=["4", 0]),
-    })
+    run = graph(
+        {
+            **LOAD,
+            "2": pictures(count=1),
+            "3": node("VAEEncode", pixels=["2", 0], vae=["1", 2]),
+            "4": node("VAEDecode", samples=["3", 0], vae=["1", 2]),
+            "5": node("PreviewImage", images=["4", 0]),
+        }
+    )
     before, after = run.value("2"), run.value("4")
     assert run.value("3")["samples"].shape == (1, 4, 16, 16)
     assert -10 * (before - after).square().mean().log10() > 22, "dB"
 
 
 def test_vision_and_text_towers_agree_on_what_belongs_together(graph, pack):
-    run = graph({
-        **LOAD,
-        "2": pictures(count=24, captions="content and style"),
-        "3": node("CLIPVisionEncode", clip_vision=["1", 3], image=["2", 0], crop="none"),
-        "4": node("CLIPTextEncode", clip=["1", 1], text=["2", 1]),
-        "5": node("PreviewImage", images=["2", 0]),
-        "6": node("unCLIPConditioning", conditioning=["4", 0], clip_vision_output=["3", 0], strength=1.0, noise_augmentation=0.0),
-        "7": node("ConditioningSetTimestepRange", conditioning=["6", 0], start=0.0, end=1.0),
-        "8": node("PreviewAny", source=["7", 0]),
-    })
+    run = graph(
+        {
+            **LOAD,
+            "2": pictures(count=24, captions="content and style"),
+            "3": node("CLIPVisionEncode", clip_vision=["1", 3], image=["2", 0], crop="none"),
+            "4": node("CLIPTextEncode", clip=["1", 1], text=["2", 1]),
+            "5": node("PreviewImage", images=["2", 0]),
+            "6": node(
+                "unCLIPConditioning",
+                conditioning=["4", 0],
+                clip_vision_output=["3", 0],
+                strength=1.0,
+                noise_augmentation=0.0,
+            ),
+            "7": node("ConditioningSetTimestepRange", conditioning=["6", 0], start=0.0, end=1.0),
+            "8": node("PreviewAny", source=["7", 0]),
+        }
+    )
     seen = torch.cat([v["image_embeds"] for v in run.outputs["3"][0]])
     said = torch.cat([c[0][1]["pooled_output"] for c in run.outputs["4"][0]])
     closest = (torch.nn.functional.normalize(seen, dim=1) @ torch.nn.functional.normalize(said, dim=1).T).argmax(1)
@@ -79,7 +100,10 @@ def test_loras_and_patches_act_on_it(graph, folders):
 
     key = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
     generator = torch.Generator().manual_seed(0)
-    lora = {f"{key}.lora_up.weight": torch.randn(128, 4, generator=generator), f"{key}.lora_down.weight": torch.randn(4, 128, generator=generator)}
+    lora = {
+        f"{key}.lora_up.weight": torch.randn(128, 4, generator=generator),
+        f"{key}.lora_down.weight": torch.randn(4, 128, generator=generator),
+    }
     place = folder_paths.get_folder_paths("loras")[0]
     folders.joinpath(place).mkdir(parents=True, exist_ok=True)
     save_file(lora, f"{place}/little.safetensors")
@@ -97,14 +121,24 @@ def test_loras_and_patches_act_on_it(graph, folders):
 
 def test_pocket_pictures_are_what_was_asked_for(graph, pack):
     style = next(name for name in pack.nodes.pocket.STYLES if name.startswith("held out"))
-    prompt = {"2": pictures(count=12, style=style, shape="heart", colour="blue"), "3": node("PreviewImage", images=["2", 0])}
+    prompt = {
+        "2": pictures(count=12, style=style, shape="heart", colour="blue"),
+        "3": node("PreviewImage", images=["2", 0]),
+    }
     run = graph(prompt)
     images, captions, masks, depth = (run.outputs["2"][i] for i in range(4))
     assert len(images) == len(captions) == len(masks) == len(depth) == 12
     assert images[0].shape == (1, 128, 128, 3) and masks[0].shape == (1, 128, 128)
     assert all("blue" in c and "heart" in c for c in captions)
-    assert not any(word in c for c in captions for word in style.removeprefix("held out: ").replace(",", "").split()), "the caption tells the style"
-    nearer = torch.stack([(d[0, ..., 0] * m[0]).sum() / m.sum() - (d[0, ..., 0] * (1 - m[0])).mean() for d, m in zip(depth, masks, strict=True)])
+    assert not any(word in c for c in captions for word in style.removeprefix("held out: ").replace(",", "").split()), (
+        "the caption tells the style"
+    )
+    nearer = torch.stack(
+        [
+            (d[0, ..., 0] * m[0]).sum() / m.sum() - (d[0, ..., 0] * (1 - m[0])).mean()
+            for d, m in zip(depth, masks, strict=True)
+        ]
+    )
     assert (nearer > 0).all(), "the object is nearer than what is behind it"
     assert graph(prompt).executed == []
 

@@ -54,7 +54,7 @@ def paint(scenes: Scenes) -> Painting:
         setting = _background(scenes, view)
         image = _draw(scenes, view, setting)
     depth = torch.where(view.mask > 0.5, view.distance, view.ground_distance.expand_as(view.distance))
-    return Painting(image, view.mask, depth, view.surface)
+    return Painting(image, view.mask, depth, view.touched)
 
 
 def _column(t: torch.Tensor) -> torch.Tensor:
@@ -68,6 +68,7 @@ class _View:
     mask: torch.Tensor
     distance: torch.Tensor
     surface: torch.Tensor  # (n, 3, H, W) object units
+    touched: torch.Tensor  # (n, 3, H, W) object units, on the surface also where the ray just misses it
     normal: torch.Tensor  # (n, 3, H, W) object frame
     light: torch.Tensor  # (n, H, W) Lambert term
     highlight: torch.Tensor  # (n, H, W)
@@ -97,20 +98,24 @@ def _trace(s: Scenes) -> _View:
     ray = [cos_y * dx + sin_y * dz, dy, -sin_y * dx + cos_y * dz]
 
     distance, closest = torch.empty(n, SIZE, SIZE), torch.empty(n, SIZE, SIZE)
-    surface, normal = torch.empty(n, 3, SIZE, SIZE), torch.empty(n, 3, SIZE, SIZE)
+    surface, normal, touched = (torch.empty(n, 3, SIZE, SIZE) for _ in range(3))
     for k, name in enumerate(ATTRIBUTES["shape"]):
         rows = (s.shape == k).nonzero()[:, 0]
         if not len(rows):
             continue
         sdf, o, r = SHAPES[name], [a[rows] for a in origin], [a[rows] for a in ray]
         t, near = torch.full((len(rows), SIZE, SIZE), 3.1), torch.full((len(rows), SIZE, SIZE), 9.0)
+        nearest = t
         for _ in range(20):
             d = sdf(*(a + t * b for a, b in zip(o, r, strict=True)))
+            nearest = torch.where(d / t < near, t, nearest)
             near = torch.minimum(near, d / t)
             t = (t + d).clamp_max(7.0)
         p = [a + t * b for a, b in zip(o, r, strict=True)]
-        distance[rows], closest[rows] = t, near
+        met = torch.where(sdf(*p).abs() < 0.01, t, nearest)  # a ray that just misses is the silhouette's
+        closest[rows], distance[rows] = near, met * s.scale[rows].view(-1, 1, 1)
         surface[rows], normal[rows] = torch.stack(p, 1), _normals(sdf, *p)
+        touched[rows] = torch.stack([a + met * b for a, b in zip(o, r, strict=True)], 1)
 
     azimuth, elevation = s.light_azimuth, s.light_elevation
     sun = (
@@ -129,6 +134,7 @@ def _trace(s: Scenes) -> _View:
         mask=(0.5 - (closest - 0.004) / PIXEL).clamp(0, 1),
         distance=distance,
         surface=surface,
+        touched=touched,
         normal=normal,
         light=(normal * to_sun).sum(1).clamp(0, 1),
         highlight=(normal * half).sum(1).clamp(0, 1) ** 24,

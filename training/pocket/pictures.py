@@ -22,7 +22,9 @@ def scenes_of(split: str, shard: int) -> Scenes:
     seed = _SEED[split] + shard
     if not split.startswith("judge"):
         return sample_scenes(SHARD, seed)
-    generator = torch.Generator().manual_seed(seed + 1_000_000)  # not the seed of shape and colour: they would go together
+    generator = torch.Generator().manual_seed(
+        seed + 1_000_000
+    )  # not the seed of shape and colour: they would go together
     factors = {f: torch.randint(0, len(ATTRIBUTES[f]), (SHARD,), generator=generator) for f in FACTORS}
     return sample_scenes(SHARD, seed, **factors)
 
