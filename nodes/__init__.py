@@ -1,5 +1,8 @@
 """Everything that can be dragged onto the canvas, by family."""
 
+from pathlib import Path
+
+import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from . import compare, dataset, embedding, generate, pocket, progress, train_embedding
@@ -10,6 +13,8 @@ FAMILIES = (pocket, dataset, generate, train_embedding, embedding, compare)
 class Counterpoint(ComfyExtension):
     async def on_load(self) -> None:
         progress.register_routes()
+        words = Path(__file__).resolve().parents[1] / "models" / "embeddings"  # found after the user's own
+        folder_paths.add_model_folder_path("embeddings", str(words))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for family in FAMILIES for node in family.NODES]

@@ -185,10 +185,9 @@ def starting_vectors(clip, phrase: str, count: int) -> Vectors:
     for key, tokenizer in encoder_tokenizers(clip).items():
         end = -1 if tokenizer.tokenizer_adds_end_token else None
         ids = tokenizer.tokenizer(phrase)["input_ids"][tokenizer.tokens_start : end]
-        if not ids:
-            raise ValueError(
-                f"The initialiser {phrase!r} has no word that {key} knows: use a plain word such as 'picture'."
-            )
+        known = getattr(tokenizer, "known_ids", ids)  # Pocket's; others know every piece of a word
+        if not ids or not set(ids) <= set(known):
+            raise ValueError(f"This CLIP does not know the start {phrase!r}: use a plain word such as 'picture'.")
         table = encoder_module(clip, key).transformer.get_input_embeddings().weight
         vectors[key] = torch.stack([plain(table[ids[i % len(ids)]]).float() for i in range(count)])
     return vectors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 from pathlib import Path
 
 import comfy.clip_vision
@@ -26,6 +27,7 @@ from ..training import artefact
 from ..training.pocket.judge import Judge
 from ..training.pocket.world import VERSION
 
+log = logging.getLogger("counterpoint")
 MODELS = Path(__file__).resolve().parents[1] / "models"
 WIDTH = 128
 VOCABULARY = 49408  # of ComfyUI's CLIP tokenizer
@@ -100,6 +102,23 @@ def tokenizer() -> SDTokenizer:
     return SDTokenizer(embedding_size=WIDTH)
 
 
+class PocketTokenizer(SDTokenizer):
+    """ComfyUI's, which knows 49 408 pieces of words. Pocket has read a few hundred; others are named in the log, once."""
+
+    def __init__(self, *, known_ids: frozenset[int], **options):
+        super().__init__(embedding_size=WIDTH, **options)
+        self.known_ids, self.told = known_ids, set()
+
+    def tokenize_with_weights(self, text: str, *args, **options):
+        batches = super().tokenize_with_weights(text, *args, **options)
+        unknown = {t for batch in batches for t, *_ in batch if isinstance(t, int)} - self.known_ids - self.told
+        if unknown:
+            words = ", ".join(sorted(repr(self.inv_vocab[t].removesuffix("</w>")) for t in unknown))
+            log.warning("Pocket never read %s (in %r): it means nothing to it.", words, text)
+            self.told |= unknown
+        return batches
+
+
 def _regroup(vae: torch.nn.Module) -> torch.nn.Module:
     for m in vae.modules():
         if isinstance(m, torch.nn.GroupNorm):
@@ -152,7 +171,9 @@ def load_clip():
     table[ids] = rows
     weights["text_model.embeddings.token_embedding.weight"] = table
     target = comfy.supported_models_base.ClipTarget(
-        functools.partial(SD1Tokenizer, tokenizer=functools.partial(SDTokenizer, embedding_size=WIDTH)),
+        functools.partial(
+            SD1Tokenizer, tokenizer=functools.partial(PocketTokenizer, known_ids=frozenset(ids.tolist()))
+        ),
         functools.partial(
             SD1ClipModel, clip_model=SDClipModel
         ),  # its pooled output is projected, as the vision tower's

@@ -22,15 +22,16 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from ..training import artefact
+from ..training import artefact, embedding
 from ..training.loop import train
-from ..training.pocket import clip, grammar, judge, pictures, unet, vae
+from ..training.pocket import clip, grammar, judge, painter, pictures, unet, vae, world
 from ..training.pocket.fit import Fit, in_shares, initialise, processes, rank
 from ..training.run import Run
 from ..training.sheet import save_sheet
-from . import pocket_card, pocket_models
+from . import pocket_card, pocket_models, train_embedding
 
 ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE, EXAMPLE_WORD = world.HELD_OUT[1], "pocket-ink-and-wash"
 log = logging.getLogger("counterpoint.pocket")
 
 
@@ -333,6 +334,22 @@ def write_card(folder: Path) -> None:
     barrier()
 
 
+def learn_word(folder: Path) -> None:
+    """The word that `01 learn a style` paints with first: a held-out style, from pictures of anything, captioned."""
+    if rank() == 0:
+        scenes = world.sample_scenes(24, 1, **dict(zip(world.FACTORS, EXAMPLE, strict=True)))
+        images = [i[None].movedim(1, -1) for i in painter.paint(scenes).image]
+        captions = [grammar.content(scenes, i) for i in range(24)]
+        models = pocket_models.load_model(), pocket_models.load_clip(), pocket_models.load_vae()
+        values = {**train_embedding.defaults(), "preview_every": 0}
+        learned, _, said = train_embedding.Job(*models, images, captions, None, values).run()
+        log.info(said)
+        file = pocket_models.MODELS / "embeddings" / f"{EXAMPLE_WORD}.safetensors"
+        named = embedding.Embedding(learned.vectors, EXAMPLE_WORD, learned.facts)
+        artefact.write_whole(file, embedding.to_bytes(named))
+    barrier()
+
+
 STAGES = {
     "pictures": paint_pictures,
     "vae": train_vae,
@@ -340,5 +357,6 @@ STAGES = {
     "judge": train_judge,
     "unet": train_unet,
     "decoder": train_decoder,
+    "word": learn_word,
     "card": write_card,
 }

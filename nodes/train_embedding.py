@@ -42,19 +42,23 @@ from .progress import Reporter
 
 CATEGORY = "Counterpoint/embedding"
 EmbeddingType = io.Custom("EMBEDDING")
-CAPTION_USES = ("template", "caption", "dropout")
+CAPTION_USES = ("auto", "template", "caption", "dropout")
 ACTIVATIONS_OVER_SAMPLING = (
     6  # memory of a training pass over what ComfyUI estimates for a sampling pass of the same batch
 )
+CAPTIONED = {"template": "the template", "caption": "its caption", "dropout": "its caption or the template"}
 CURVE_POINTS = 500
 TEMPLATE = f"The template needs {TOKEN} once, as in 'a picture in the style of {TOKEN}'."
 
 
 def ways_to_caption(captions: list[str], template: str, use: str) -> list[list[str]]:
-    """For each picture the captions that training may draw: the template alone, the caption in it, or either."""
+    """For each picture the captions that training may draw: the template alone, the caption in it, or either.
+
+    A picture without a caption has the template.
+    """
     found = template.find("in the style")
     tail = f" {template[found:]}" if found >= 0 and TOKEN in template[found:] else f", {TOKEN}"
-    described = [c.strip() + tail for c in captions]
+    described = [c.strip() + tail if c.strip() else template for c in captions]
     return {
         "template": [[template] for _ in captions],
         "caption": [[d] for d in described],
@@ -93,6 +97,7 @@ class TrainEmbedding(io.ComfyNode):
             "particular) what your pictures show besides their style is kept out of the word.",
             search_aliases=["textual inversion", "nsync", "learn style", "train style"],
             is_input_list=True,
+            is_output_node=True,
             not_idempotent=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that learns the word; it is not changed. 1 model."),
@@ -111,8 +116,8 @@ class TrainEmbedding(io.ComfyNode):
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
-                    default="reference point",
-                    tooltip="plain: textual inversion, no negatives needed. paper: NSYNC as published, g+ minus its part along g-. "
+                    default="plain",
+                    tooltip="plain: textual inversion, negatives (0 of them needed) are not used. paper: NSYNC as published, g+ minus its part along g-. "
                     "reference point: the negative gradient is taken where the word began and removed where both agree.",
                 ),
                 io.Float.Input(
@@ -143,9 +148,10 @@ class TrainEmbedding(io.ComfyNode):
                 io.Combo.Input(
                     "caption_use",
                     options=list(CAPTION_USES),
-                    default="template",
-                    tooltip="template: the template alone (contrast needs this: complete captions leave the negatives nothing to teach). "
-                    "caption: your captions in the template's place. dropout: either, half (50 %) of the time each.",
+                    default="auto",
+                    tooltip="caption: your captions before 'in the style of {token}', so that the word need not say what is in the pictures. "
+                    "template: the template alone. dropout: either, half (50 %) of the time each. auto: caption for the method plain where "
+                    "there are captions, template for contrast, to which complete captions leave nothing to teach.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -266,6 +272,11 @@ def thinned(values: list[float]) -> list[float]:
     return values[::every]
 
 
+def defaults() -> dict:
+    """What the node's widgets say when nobody has touched them."""
+    return {i.id: i.default for i in TrainEmbedding.define_schema().inputs if isinstance(i, io.WidgetInput)}
+
+
 class Job:
     """One press of Run on Train Embedding: checks, a private copy of the models, the loop, the result."""
 
@@ -280,19 +291,24 @@ class Job:
             learning_rate=values["learning_rate"] or (0.02 if self.pixels <= 128 else 0.005), keep_norm=values["keep_norm"],
             weighting=values["weighting"], seed=values["seed"],
         )  # fmt: skip
+        self.contrastive = self.settings.method != "plain" and self.settings.strength > 0
+        self.caption_use = values["caption_use"]
+        if self.caption_use == "auto":
+            self.caption_use = "caption" if self.captions and not self.contrastive else "template"
         self._check()
 
     def _check(self) -> None:
-        n, use = len(self.images), self.values["caption_use"]
+        n = len(self.images)
         if self.values["template"].count(TOKEN) != 1:
             raise ValueError(TEMPLATE)
         if not n:
             raise ValueError("There are no pictures to learn from: connect Load Dataset or Pocket Pictures.")
-        if use != "template" and len(self.captions) != n:
+        if self.caption_use != "template" and len(self.captions) != n:
             raise ValueError(
-                f"caption_use is {use!r} and there are {len(self.captions)} captions for {n} pictures: give 1 each, or use 'template'."
+                f"caption_use is {self.values['caption_use']!r} and there are {len(self.captions)} captions for {n} pictures: "
+                "give 1 each, or use 'template'."
             )
-        if self.settings.method == "plain" or self.settings.strength == 0:
+        if not self.contrastive:
             self.negatives = []
             return
         if len(self.negatives) != n:
@@ -319,8 +335,8 @@ class Job:
         decides = {k: v for k, v in asdict(self.settings).items() if k != "steps"}
         config = {
             **decides, "start": self.values["start"], "vectors": self.values["vectors"], "template": self.values["template"],
-            "caption_use": self.values["caption_use"], "size": self.pixels, "images": images_hash(self.images),
-            "captions": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()[:16] if self.values["caption_use"] != "template" else "",
+            "caption_use": self.caption_use, "size": self.pixels, "images": images_hash(self.images),
+            "captions": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()[:16] if self.caption_use != "template" else "",
             "negatives": images_hash(self.negatives), "model": fingerprint(self.model), "clip": fingerprint(self.clip), "vae": fingerprint(self.vae),
         }  # fmt: skip
         return Run(run_folder(self.values["run"], config), config, {"steps": self.settings.steps})
@@ -330,10 +346,10 @@ class Job:
         latents = encode_pictures(self.vae, self.images, self.pixels)
         negatives = encode_pictures(self.vae, self.negatives, self.pixels) if self.negatives else None
         reporter, said = Reporter(settings.steps), []
-        batch, why = self._fitting_batch(latents)
-        if why:
-            said.append(why)
-            reporter.say(why)
+        batch, memory = self._fitting_batch(latents)
+        reporter.say(f"Training {run.folder.name}: {settings.steps} steps of {batch} pictures, {memory}.")
+        if batch < settings.batch:
+            said.append(f"{batch} instead of {settings.batch} pictures per step, to fit into memory.")
         with training_mode(), contextlib.ExitStack() as stack:
             model, clip = private_model(self.model), private_clip(self.clip)
             comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
@@ -341,9 +357,8 @@ class Job:
             prepared = [
                 None if x is None else model.model.process_latent_in(plain(x)).to(device) for x in (latents, negatives)
             ]
-            ways = ways_to_caption(
-                self.captions or [""] * len(self.images), self.values["template"], self.values["caption_use"]
-            )
+            captions = self.captions or [""] * len(self.images)
+            ways = ways_to_caption(captions, self.values["template"], self.caption_use)
             encoder = ComfyTextEncoder(clip)
             start = {
                 k: v.to(device) for k, v in starting_vectors(clip, self.values["start"], self.values["vectors"]).items()
@@ -354,13 +369,13 @@ class Job:
                 ComfyDenoiser(model), encoder, prepared[0], ways, start, replace(settings, batch=batch), prepared[1]
             )
             steps = stack.enter_context(contextlib.closing(train(trainer, run, settings.steps)))
-            done, problem = self._follow(steps, trainer, reporter, model, clip, run)
+            done, problem = self._follow(steps, trainer, reporter, model, clip, run, memory)
             vectors = {k: v.detach().cpu().clone() for k, v in trainer.vectors.items()}
         if problem:
             said.append(problem)
         return self._result(run, vectors, done, said)
 
-    def _follow(self, steps, trainer, reporter: Reporter, model, clip, run: Run) -> tuple[int, str]:
+    def _follow(self, steps, trainer, reporter: Reporter, model, clip, run: Run, memory: str) -> tuple[int, str]:
         done, announced = (run.load_checkpoint() or (0,))[0], False
         try:
             for progress in steps:
@@ -368,7 +383,7 @@ class Job:
                 if not announced and progress.seconds > 1.0:
                     announced = True
                     reporter.say(
-                        f"Training {run.folder.name}: about {duration(progress.eta)} for {progress.steps - progress.step} more steps."
+                        f"Training {run.folder.name}: about {duration(progress.eta)} for {progress.steps - progress.step} more steps, {memory}."
                     )
                 reporter.update(progress, self._preview(progress.step, trainer, model, clip, run))
                 if reporter.finishing():
@@ -404,7 +419,7 @@ class Job:
         return picture
 
     def _fitting_batch(self, latents: torch.Tensor) -> tuple[int, str]:
-        """How many pictures fit beside the private copies, and the sentence that says so when it is fewer than asked."""
+        """How many pictures fit beside the private copies, and what that takes, in words."""
         groups = 2 if self.negatives else 1
         per_picture = self.model.model.memory_required([groups, *latents.shape[1:]]) * ACTIVATIONS_OVER_SAMPLING
         fixed = self.model.model_size() + self.clip.patcher.model_size()
@@ -415,12 +430,7 @@ class Job:
                 f"Training at {self.pixels} pixels needs about {size(fixed + per_picture)} and {size(free)} are free: "
                 f"choose a smaller size than {self.pixels}, or close what else uses the memory."
             )
-        if batch < self.settings.batch:
-            return (
-                batch,
-                f"{batch} instead of {self.settings.batch} pictures per step, to fit into the {size(free)} that are free.",
-            )
-        return batch, ""
+        return batch, f"about {size(fixed + batch * per_picture)} of the {size(free)} of memory that are free"
 
     def _result(self, run: Run, vectors, steps: int, said: list[str]) -> tuple[Embedding, list[dict], str]:
         facts = {
@@ -431,8 +441,8 @@ class Job:
         learned = Embedding({k: v.float() for k, v in vectors.items()}, run.folder.name, facts)
         records = run.history(steps)
         report = (
-            f"{self.settings.method}, {steps} steps on {len(self.images)} pictures at {self.pixels}, run {run.folder.name}. "
-            + " ".join(said)
+            f"{self.settings.method}, {steps} steps on {len(self.images)} pictures at {self.pixels}, "
+            f"each with {CAPTIONED[self.caption_use]}, run {run.folder.name}. " + " ".join(said)
         )
         return learned, records, report.strip()
 

@@ -21,16 +21,14 @@ from harness.boot import boot, load_pack, prepare
 RESULTS = Path(__file__).parent / "results" / "learn_style"
 PICTURES = 16
 SAMPLES = 64
-TRAINING = {
-    "start": "picture", "vectors": 1, "template": "a picture in the style of {token}", "caption_use": "template", "steps": 200,
-    "batch": 8, "learning_rate": 0.0, "preview_every": 0, "snapshot_every": 0, "keep_norm": False, "weighting": "low frequencies",
-    "size": 0, "run": "",
-}  # fmt: skip
 ARMS = {
     "base": None,
     "plain": {"method": "plain", "strength": 1.0},
     "paper": {"method": "paper", "strength": 1.0},
     "reference point": {"method": "reference point", "strength": 1.0},
+    "plain, captions": {"method": "plain", "strength": 1.0, "caption_use": "caption"},
+    "plain, norm kept": {"method": "plain", "strength": 1.0, "keep_norm": True},
+    "reference point, norm kept": {"method": "reference point", "strength": 1.0, "keep_norm": True},
 }
 MEASURES = ("style", "stroke", "paper", "line", "leak", "style elsewhere", "shape followed", "colour followed")
 
@@ -50,7 +48,7 @@ def main(argv: list[str]) -> int:
     plan = [(s, arm, seed) for s in ([*range(6)] if options.screen else [options.style])
             for seed in ([0] if options.screen else options.seeds) for arm in (["plain"] if options.screen else options.arms)]  # fmt: skip
     for style, arm, seed in plan:
-        file = RESULTS / f"style-{style}" / f"{arm.replace(' ', '-')}-{seed}.json"
+        file = RESULTS / f"style-{style}" / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}.json"
         if not file.exists():
             started = time.monotonic()
             measured = world.measure(style, arm, seed)
@@ -134,10 +132,10 @@ class Laboratory:
                     self.model, self.clip, self.vae, prompts, self.recipe(seed), "", "negatives"
                 )
             negatives = self.negatives[key]
-        values = {**TRAINING, **ARMS[arm], "seed": seed}
-        learned, records, _ = self.nodes.train_embedding.Job(
-            self.model, self.clip, self.vae, images, captions, negatives, values
-        ).run()
+        train = self.nodes.train_embedding
+        given = {"preview_every": 0, "caption_use": "template", **ARMS[arm], "seed": seed}
+        values = {**train.defaults(), **given}
+        learned, records, _ = train.Job(self.model, self.clip, self.vae, images, captions, negatives, values).run()
         return learned, records
 
     def recipe(self, seed: int):

@@ -77,7 +77,7 @@ class Graph:
         run.errors += validation_sentences(error, run.node_errors)
         if valid:
             self.server.send_sync = lambda event, data, sid=None: record(run, on_event, event, data)
-            self.executor.execute(prompt, "in-process", {"client_id": CLIENT}, targets)
+            self.executor.execute(prompt, "in-process", {"client_id": CLIENT, "preview_method": "auto"}, targets)
             self._collect(prompt, run)
         run.seconds = time.perf_counter() - started
         assert not (check and run.errors), "\n".join(run.errors)

@@ -1,0 +1,91 @@
+"""The identity of a MODEL, CLIP or VAE: the same after a restart, another after any change."""
+
+import copy
+
+import pytest
+import torch
+
+from harness.small_nets import as_kind, load, numbers, snapshot, unchanged, with_lora
+
+KINDS = ("EPS", "V_PREDICTION", "FLOW")
+
+
+def test_the_same_weights_have_the_same_fingerprint(bridge, build):
+    for name in ("sd15_model", "sd15_clip", "sd15_vae"):
+        prints = [bridge.fingerprint(getattr(build, name)(seed)) for seed in (0, 0, 1)]
+        assert prints[0] == prints[1] != prints[2], name
+        assert len(prints[0]) == 12 and set(prints[0]) <= set("0123456789abcdef")
+
+
+def test_weights_and_patches_change_the_fingerprint(bridge, build):
+    base, tuned = build.sd15_model(), build.sd15_model()
+    with torch.inference_mode():
+        for name, p in tuned.model.named_parameters():
+            if "attn2.to_" in name:
+                p.mul_(1.5)
+    lora = with_lora(base)
+    models = [
+        base,
+        tuned,
+        lora,
+        with_lora(base, 0.5),
+        with_lora(base, amount=0.2),
+        with_lora(lora),
+        build.sd15_model(1),
+    ]
+    prints = [bridge.fingerprint(model) for model in models]
+    assert len(set(prints)) == len(prints)
+    assert bridge.fingerprint(with_lora(build.sd15_model())) == prints[2], "and is the same after a restart"
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_another_kind_of_prediction_changes_the_fingerprint(bridge, build, kind):
+    """Core's ModelSampling nodes: other pictures, another meaning of what was learned."""
+    base = build.sd15_model()
+    assert bridge.fingerprint(as_kind(base, kind)) != bridge.fingerprint(base)
+
+
+CLIPS = {  # ways of making another CLIP of one
+    "LoRA": lambda bridge, clip: with_lora(clip.patcher, key=FC1),
+    "clip skip": lambda bridge, clip: skipping(clip, -2),
+    "a word": lambda bridge, clip: bridge.with_embeddings(clip, {"word": {"clip_l": numbers(1, 32)}}),
+    "another word": lambda bridge, clip: bridge.with_embeddings(clip, {"word": {"clip_l": numbers(1, 32, seed=2)}}),
+}
+FC1 = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+
+
+def skipping(clip, layer: int):
+    clone = clip.clone()
+    clone.clip_layer(layer)
+    return clone
+
+
+@pytest.mark.parametrize("change", CLIPS)
+def test_whatever_changes_the_conditioning_changes_the_fingerprint(bridge, build, change):
+    clips = [build.sd15_clip(), build.sd15_clip()]
+    base = bridge.fingerprint(clips[0])
+    prints = [bridge.fingerprint(CLIPS[change](bridge, clip)) for clip in clips]
+    assert prints[0] == prints[1] != base
+    others = {bridge.fingerprint(CLIPS[name](bridge, clips[0])) for name in CLIPS if name != change}
+    assert prints[0] not in others
+
+
+def test_a_fingerprint_does_not_depend_on_what_is_loaded(bridge, build):
+    """Loading a patched model writes the patched weights into the network that both share."""
+    base = build.sd15_model()
+    every = {name: ("diff", (torch.full_like(p, 0.01),)) for name, p in base.model.named_parameters()}
+    variants = [base, base.clone(), base.clone()]
+    for model, strength in zip(variants[1:], (1.0, 0.5), strict=True):
+        model.add_patches(every, strength)
+    prints = [bridge.fingerprint(model) for model in variants]
+    for model in variants:
+        load(model)
+        assert [bridge.fingerprint(m) for m in variants] == prints
+    assert len(set(prints)) == len(prints)
+
+
+def test_the_fingerprint_changes_nothing(bridge, build):
+    model = with_lora(build.sd15_model())
+    weights, patches = snapshot(model.model), copy.copy(model.patches)
+    bridge.fingerprint(model)
+    assert unchanged(weights, model.model) and model.patches == patches
