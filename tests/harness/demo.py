@@ -10,6 +10,10 @@ from .client import Client, Rejected, Result
 from .convert import to_prompt
 from .server import Server, link, make_base
 
+HONESTLY = """
+These were your pictures on Pocket, a toy of 128 pixels that has only ever seen one painted object at a time. What its new
+word can take from them: palette, paper, kind of line, how coarse the texture is. What it cannot: faces, things, anything
+that needs more pixels. For a real result open the same graph in your ComfyUI with your own checkpoint in it."""
 WORKFLOW = ROOT / "workflows" / "01 learn a style.json"
 EVERY_SECONDS = 10
 
@@ -36,24 +40,30 @@ def main(argv: list[str]) -> int:
         print(f"dev.py demo: {failure}")
         return 1
     tell(result, prompt, base)
+    if images:
+        print(HONESTLY)
     return 0 if result.status == "success" else 1
 
 
 def use_folder(prompt: dict[str, dict], folder: str) -> None:
     """Let the graph learn from a folder in ComfyUI's input directory where it learned from painted pictures; the two
-    nodes have images, captions and masks in the same places."""
+    nodes have images, captions and masks in the same places. What it says of cubes and their style is taken out."""
     inputs = {
         "folder": f"input/{folder}",
         "recursive": True,
         "size": 128,  # Pocket's own
         "limit": 24,
-        "caption_when_missing": "",
+        "caption_when_missing": "a picture",
         "background": "#ffffff",
         "alpha_as_mask": False,
     }
     for node in prompt.values():
         if node["class_type"] == "CounterpointPocketPictures":
-            node.update(class_type="CounterpointLoadDataset", inputs=inputs)
+            node.update(class_type="CounterpointLoadDataset", inputs=inputs, _meta={"title": f"Pictures of {folder}"})
+        elif node["class_type"] == "CounterpointPocketJudge":
+            node["inputs"] |= {"style": "any", "object": "any"}
+        elif node["class_type"] == "CounterpointCompareGrid":
+            node["inputs"]["title"] = f"A style learned from {folder}"
 
 
 class Narrator:
@@ -89,6 +99,12 @@ def tell(result: Result, prompt: dict[str, dict], base: Path) -> None:
     for node, seconds in sorted(result.node_seconds.items(), key=lambda pair: -pair[1]):
         if seconds >= 0.5:
             print(f"{seconds:8.1f}  {title(prompt, node)}")
+    judged = [node for node in prompt if prompt[node]["class_type"] == "CounterpointPocketJudge"]
+    print(
+        "\nWhat the judge saw:",
+        *(" ".join(result.outputs.get(node, {}).get("text", ())) for node in judged),
+        sep="\n    ",
+    )
     saved = [base / each["type"] / each["subfolder"] / each["filename"] for each in result.pictures]
     kept = [str(path) for path in saved if path.parts[len(base.parts)] == "output"]
     print("\nPictures:", *(kept or ["none was saved"]), sep="\n    ")
