@@ -17,7 +17,7 @@ import folder_paths
 import latent_preview
 import numpy
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from PIL import Image
 
 from ..training import artefact
@@ -27,6 +27,7 @@ from .bridge import Conditioning, check_belong_together, fingerprint, native_siz
 from .progress import Reporter
 
 CATEGORY = "Counterpoint/dataset"
+SHOWN = 16  # pictures on the node itself
 log = logging.getLogger("counterpoint")
 
 
@@ -257,14 +258,12 @@ def _recipe(model, v: dict) -> Recipe:
     )
 
 
-def _output(cls, images, prompts, folder: Path) -> io.NodeOutput:
-    root = Path(folder_paths.get_output_directory()).resolve()
-    return io.NodeOutput(
-        images,
-        prompts,
-        folder.relative_to(root).as_posix(),
-        ui=ui.PreviewText(f"{len(images)} pictures in output/{folder.name}"),
-    )
+def _output(images, prompts, folder: Path) -> io.NodeOutput:
+    """The node shows its first pictures at once, from where they lie; other nodes may be long in coming."""
+    place = folder.relative_to(Path(folder_paths.get_output_directory()).resolve()).as_posix()
+    shown = [{"filename": f"{i:05d}.png", "subfolder": place, "type": "output"} for i in range(min(SHOWN, len(images)))]
+    said = f"{len(images)} pictures in output/{place}"
+    return io.NodeOutput(images, prompts, place, ui={"images": shown, "text": [said]})
 
 
 class GenerateSet(io.ComfyNode):
@@ -299,7 +298,7 @@ class GenerateSet(io.ComfyNode):
         images, folder = generate_set(
             model[0], clip[0], vae[0], lines, _recipe(model[0], values), values["name"], "generate-set", values["batch"]
         )
-        return _output(cls, images, lines, folder)
+        return _output(images, lines, folder)
 
 
 def template_fault(text: str | None) -> str:
@@ -368,7 +367,7 @@ class NegativeSet(io.ComfyNode):
             "negative-set",
             values["batch"],
         )
-        return _output(cls, images, prompts, folder)
+        return _output(images, prompts, folder)
 
 
 NODES = [GenerateSet, NegativeSet]

@@ -9,16 +9,9 @@ import torch
 from PIL import Image
 
 from harness.executor import Graph
+from harness.training import node
 
 PROMPTS = ["a red cat", "a dog", "a green bird on a tree", "a cow"]
-
-
-def node(class_type: str, **inputs) -> dict:
-    """A node of a prompt, what is not given at its default."""
-    schema = getattr(nodes.NODE_CLASS_MAPPINGS[class_type], "GET_SCHEMA", None)  # core's older nodes have none
-    known = schema().inputs if schema else []
-    defaults = {i.id: i.default for i in known if getattr(i, "default", None) is not None}
-    return {"class_type": class_type, "inputs": {**defaults, **inputs}}
 
 
 SMALL = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "width": 64, "height": 64, "steps": 3, "batch": 2}
@@ -40,28 +33,6 @@ def negatives(**inputs) -> dict[str, dict]:
         "3": node("CounterpointNegativeSet", **{**SMALL, "captions": ["2", 1], "name": "negatives", **inputs}),
         "4": node("PreviewAny", source=["3", 2]),
     }
-
-
-@pytest.fixture
-def given(monkeypatch):
-    """`given("EMBEDDING", [a])` is a node that gives out these values as a list."""
-
-    def given(kind: str, values: list) -> dict:
-        class Given:
-            RETURN_TYPES, OUTPUT_IS_LIST, FUNCTION, CATEGORY = (kind,), (True,), "give", "test"
-
-            @classmethod
-            def INPUT_TYPES(cls):
-                return {"required": {}}
-
-            def give(self):
-                return (values,)
-
-        name = f"Given{kind}{id(values)}"
-        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, Given)
-        return {"class_type": name, "inputs": {}}
-
-    return given
 
 
 def pictures(run, id: str = "2") -> torch.Tensor:
@@ -343,3 +314,10 @@ def test_no_captions_are_refused(graph, given):
 def test_the_sets_use_their_own_progress_bar(graph):
     run = graph(generate())
     assert run.sent("progress")[-1] | {"prompt_id": None} == {"value": 6, "max": 6, "prompt_id": None, "node": "2"}
+
+
+def test_a_set_shows_its_first_pictures_where_they_lie(graph, folders):
+    run = graph(generate(prompts="a red cat\na dog", per_prompt=9))
+    shown = run.ui["2"]["images"]
+    assert len(shown) == 16 and shown[0]["filename"] == "00000.png" and shown[0]["type"] == "output"
+    assert all((folders / "output" / each["subfolder"] / each["filename"]).is_file() for each in shown)

@@ -105,8 +105,9 @@ def tell(result: Result, prompt: dict[str, dict], base: Path) -> None:
         *(" ".join(result.outputs.get(node, {}).get("text", ())) for node in judged),
         sep="\n    ",
     )
-    saved = [base / each["type"] / each["subfolder"] / each["filename"] for each in result.pictures]
-    kept = [str(path) for path in saved if path.parts[len(base.parts)] == "output"]
+    sheets = [node for node in prompt if prompt[node]["class_type"] == "SaveImage"]
+    saved = [picture for node in sheets for picture in result.outputs.get(node, {}).get("images", ())]
+    kept = [str(base / each["type"] / each["subfolder"] / each["filename"]) for each in saved]
     print("\nPictures:", *(kept or ["none was saved"]), sep="\n    ")
 
 
