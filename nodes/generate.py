@@ -23,6 +23,7 @@ from PIL import Image
 from ..training import artefact
 from ..training.loop import Progress
 from ..training.run import Run, config_hash
+from ..training.sheet import sheet
 from .bridge import Conditioning, check_belong_together, fingerprint, native_size
 from .progress import Reporter
 
@@ -140,7 +141,7 @@ def _paint(
         groups.setdefault(encoded[prompts[i]][0][0].shape[1], []).append(i)
     batch = 1 if draws_noise(recipe.sampler) else batch
     batches = [rows[k : k + batch] for rows in groups.values() for k in range(0, len(rows), batch)]
-    reporter = Reporter(len(batches) * recipe.steps)
+    reporter, finished = Reporter(len(batches) * recipe.steps), []
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
     for number, rows in enumerate(batches):
 
@@ -153,6 +154,17 @@ def _paint(
         )
         for i, picture in zip(rows, pictures, strict=True):
             write_picture(files[i], picture, prompts[i])
+        finished += [shrunk(picture) for picture in pictures[: SHOWN - len(finished)]]
+        # The last preview stays on the node, so it shows what is done, not the last latents.
+        done = Progress((number + 1) * recipe.steps, len(batches) * recipe.steps, {}, 0, 0)
+        reporter.update(done, sheet([torch.stack(finished)], columns=4))
+
+
+def shrunk(picture: torch.Tensor) -> torch.Tensor:
+    """(H, W, 3) -> (3, h, w), 256 pixels at most."""
+    x = picture.movedim(-1, 0)[None].float().cpu()
+    scale = min(1.0, 256 / max(x.shape[-2:]))
+    return torch.nn.functional.interpolate(x, scale_factor=scale, mode="area")[0] if scale < 1 else x[0]
 
 
 def sample(model, positives: list, negative, recipe: Recipe, numbers: list[int], tell=None) -> torch.Tensor:
@@ -196,7 +208,14 @@ def recipe_inputs() -> list:
         ),
         io.Int.Input("width", default=0, min=0, max=8192, step=8, tooltip=f"Pixels. {size}"),
         io.Int.Input("height", default=0, min=0, max=8192, step=8, tooltip=f"Pixels. {size}"),
-        io.Int.Input("seed", default=1, min=0, max=2**53, tooltip="Picture number i uses seed + i, counted from 0."),
+        io.Int.Input(
+            "seed",
+            default=1,
+            min=0,
+            max=2**53,
+            control_after_generate=False,  # the same set again is taken from disk
+            tooltip="Picture number i uses seed + i, counted from 0.",
+        ),
         io.Int.Input(
             "steps", default=20, min=1, max=200, tooltip="Sampling steps per picture; 20 is enough for most models."
         ),

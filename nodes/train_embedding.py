@@ -373,7 +373,9 @@ class Job:
             vectors = {k: v.detach().cpu().clone() for k, v in trainer.vectors.items()}
         if problem:
             said.append(problem)
-        return self._result(run, vectors, done, said)
+        result = self._result(run, vectors, done, said)
+        reporter.say(result[-1])
+        return result
 
     def _follow(self, steps, trainer, reporter: Reporter, model, clip, run: Run, memory: str) -> tuple[int, str]:
         done, announced = (run.load_checkpoint() or (0,))[0], False

@@ -438,8 +438,9 @@ def report(text: str, found: int, examples: Sequence[Example], skipped: Sequence
     span = " to ".join(f"{w} x {h}" for w, h in dict.fromkeys((sizes[0], sizes[-1])))
     gigabytes = sum(e.image.nbytes + e.mask.nbytes for e in examples) / 1e9
     captioned, masked = sum(e.captioned for e in examples), sum(e.masked for e in examples)
+    named = f", {len(skipped)} skipped" if skipped else ""
     lines = [
-        f"{len(examples)} of {found} pictures from {text}: {span} pixels, {gigabytes:.2f} GB in memory",
+        f"{len(examples)} of {found} pictures from {text}{named}: {span} pixels, {gigabytes:.2f} GB in memory",
         f"{captioned} with a caption, {masked} with a mask",
     ]
     for title, problems in (("Skipped", skipped), ("Look at", [note for e in examples for note in e.notes])):

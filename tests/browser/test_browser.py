@@ -37,6 +37,31 @@ def test_a_template_paints_its_picture(page, pack, template, request):
     page.shot(f"{template}, {request.node.callspec.params['page']}, painted")
 
 
+VALUES_AFTER_LOADING = """async (types) => {
+    app.graph.clear();
+    for (const type of types) app.graph.add(LiteGraph.createNode(type));
+    const values = (saved) => saved.nodes.map((node) => [node.type, node.widgets_values ?? []]);
+    for (const node of app.graph._nodes)
+        for (const [i, widget] of (node.widgets ?? []).entries()) {
+            const { values } = widget.options ?? {};
+            if (Array.isArray(values) && values.length) widget.value = values.at(-1);
+            else if (typeof widget.value === "number") widget.value += 8;
+            else if (typeof widget.value === "string" && widget.type !== "color") widget.value = `text ${i}`;
+        }
+    const before = app.graph.serialize();
+    await app.loadGraphData(structuredClone(before), true, true);
+    return [values(before), values(app.graph.serialize())];
+}"""
+
+
+def test_what_is_typed_survives_saving_and_loading(page, schemas):
+    """The page drops a value of a saved node when it takes it for one of an older ComfyUI: it counts them, and a node
+    with one socket-only text and one `control after generate` has the old number."""
+    before, after = page.raw.evaluate(VALUES_AFTER_LOADING, [schema.node_id for schema in schemas])
+    assert len(before) == len(schemas) and sum(len(values) for _, values in before) > 50
+    assert before == after
+
+
 def test_a_node_shows_its_help(page, schemas, request):
     if not schemas:
         pytest.skip("the pack has no nodes yet")

@@ -8,7 +8,7 @@ from typing import Any
 from .boot import DEV, ROOT
 from .client import Client, Rejected, Result
 from .convert import to_prompt
-from .server import Server, link, make_base
+from .server import Server, make_base
 
 HONESTLY = """
 These were your pictures on Pocket, a toy of 128 pixels that has only ever seen one painted object at a time. What its new
@@ -29,11 +29,11 @@ def main(argv: list[str]) -> int:
     base = make_base(DEV / "base", {"counterpoint": ROOT})
     started = time.perf_counter()
     try:
-        with Server(base, DEV / "log" / "demo_server.log") as server:
+        own = ("--input-directory", str(images.resolve())) if images else ()  # read where it lies, not copied or linked
+        with Server(base, DEV / "log" / "demo_server.log", own) as server:
             print(f"{server.describe()}\nComfyUI is up after {time.perf_counter() - started:.0f} s.", flush=True)
             prompt = to_prompt(WORKFLOW, server.url)
             if images:
-                link(base / "input" / images.resolve().name, images.resolve())
                 use_folder(prompt, images.resolve().name)
             result = Client(server.url).run(prompt, Narrator(prompt))
     except (Rejected, RuntimeError) as failure:
@@ -45,11 +45,11 @@ def main(argv: list[str]) -> int:
     return 0 if result.status == "success" else 1
 
 
-def use_folder(prompt: dict[str, dict], folder: str) -> None:
-    """Let the graph learn from a folder in ComfyUI's input directory where it learned from painted pictures; the two
+def use_folder(prompt: dict[str, dict], name: str) -> None:
+    """Let the graph learn from ComfyUI's input directory where it learned from painted pictures; the two
     nodes have images, captions and masks in the same places. What it says of cubes and their style is taken out."""
     inputs = {
-        "folder": f"input/{folder}",
+        "folder": "input",
         "recursive": True,
         "size": 128,  # Pocket's own
         "limit": 24,
@@ -59,11 +59,11 @@ def use_folder(prompt: dict[str, dict], folder: str) -> None:
     }
     for node in prompt.values():
         if node["class_type"] == "CounterpointPocketPictures":
-            node.update(class_type="CounterpointLoadDataset", inputs=inputs, _meta={"title": f"Pictures of {folder}"})
+            node.update(class_type="CounterpointLoadDataset", inputs=inputs, _meta={"title": f"Pictures of {name}"})
         elif node["class_type"] == "CounterpointPocketJudge":
             node["inputs"] |= {"style": "any", "object": "any"}
         elif node["class_type"] == "CounterpointCompareGrid":
-            node["inputs"]["title"] = f"A style learned from {folder}"
+            node["inputs"]["title"] = f"A style learned from {name}"
 
 
 class Narrator:

@@ -491,7 +491,7 @@ def test_the_report_says_what_became_of_every_file(files, roots):
     entries = files.list_pictures(root, False, roots.values()).entries
     examples = [files.load(entry, files.How()) for entry in entries]
     lines = files.report("input", 3, examples, ["3.png: damaged"]).splitlines()
-    assert lines[0] == "2 of 3 pictures from input: 4 x 3 to 6 x 4 pixels, 0.00 GB in memory"
+    assert lines[0] == "2 of 3 pictures from input, 1 skipped: 4 x 3 to 6 x 4 pixels, 0.00 GB in memory"
     assert lines[1:4] == ["1 with a caption, 1 with a mask", "Skipped:", "- 3.png: damaged"]
     assert lines[4] == "Look at:" and lines[5].startswith("- 1.txt: not UTF-8") and len(lines) == 6
     assert files.report("input", 1, examples[:1], []).count("6 x 4") == 1
