@@ -26,7 +26,7 @@ BUILD = """(values) => {
     const models = make("SmallModelsLoadSD15", [20, 100]);
     const pictures = make("CounterpointPocketPictures", [20, 250], { count: 2 });
     const negatives = make("CounterpointPocketPictures", [20, 550], { count: 2, style: "engraving" });
-    const train = make("CounterpointTrainEmbedding", [340, 100], { batch: 2, size: 64, preview_every: 0, ...values });
+    const train = make("CounterpointTrainEmbedding", [340, 100], { method: "reference point", batch: 2, size: 64, preview_every: 0, ...values });
     const use = make("CounterpointUseEmbedding", [720, 100]);
     const text = make("CLIPTextEncode", [720, 300], { text: "a red cat, embedding:my-style" });
     const latent = make("EmptyLatentImage", [720, 560], { width: 64, height: 64 });
