@@ -18,7 +18,7 @@ from ..training import embedding as files
 from ..training.embedding import Embedding
 from ..training.loop import Diverged, train
 from ..training.losses import WEIGHTINGS
-from ..training.memory import duration, fit_batch, size
+from ..training.memory import duration, size
 from ..training.run import Run, config_hash
 from ..training.sheet import sheet
 from ..training.textual_inversion import METHODS, Settings, TextualInversion
@@ -346,10 +346,6 @@ class Job:
         latents = encode_pictures(self.vae, self.images, self.pixels)
         negatives = encode_pictures(self.vae, self.negatives, self.pixels) if self.negatives else None
         reporter, said = Reporter(settings.steps), []
-        batch, memory = self._fitting_batch(latents)
-        reporter.say(f"Training {run.folder.name}: {settings.steps} steps of {batch} pictures, {memory}.")
-        if batch < settings.batch:
-            said.append(f"{batch} instead of {settings.batch} pictures per step, to fit into memory.")
         with training_mode(), contextlib.ExitStack() as stack:
             model, clip = private_model(self.model), private_clip(self.clip)
             comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
@@ -366,8 +362,16 @@ class Job:
             with torch.no_grad():
                 check_belong_together(model, encoder.encode([ways[0][0]], [start]))
             trainer = TextualInversion(
-                ComfyDenoiser(model), encoder, prepared[0], ways, start, replace(settings, batch=batch), prepared[1]
+                ComfyDenoiser(model), encoder, prepared[0], ways, start, replace(settings), prepared[1]
             )
+            trainer.settings.batch, memory = self._fitting_batch(trainer, model.load_device)
+            reporter.say(
+                f"Training {run.folder.name}: {settings.steps} steps of {trainer.settings.batch} pictures, {memory}."
+            )
+            if trainer.settings.batch < settings.batch:
+                said.append(
+                    f"{trainer.settings.batch} instead of {settings.batch} pictures per step, to fit into memory."
+                )
             steps = stack.enter_context(contextlib.closing(train(trainer, run, settings.steps)))
             done, problem = self._follow(steps, trainer, reporter, model, clip, run, memory)
             vectors = {k: v.detach().cpu().clone() for k, v in trainer.vectors.items()}
@@ -420,19 +424,20 @@ class Job:
         picture.save(run.folder / "previews" / f"step-{step:06d}.jpg", quality=90)
         return picture
 
-    def _fitting_batch(self, latents: torch.Tensor) -> tuple[int, str]:
-        """How many pictures fit beside the private copies, and what that takes, in words."""
-        groups = 2 if self.negatives else 1
-        per_picture = self.model.model.memory_required([groups, *latents.shape[1:]]) * ACTIVATIONS_OVER_SAMPLING
-        fixed = self.model.model_size() + self.clip.patcher.model_size()
-        free = comfy.model_management.get_free_memory(self.model.load_device)
-        batch = fit_batch(self.settings.batch, fixed, per_picture, free)
+    def _fitting_batch(self, trainer: TextualInversion, device) -> tuple[int, str]:
+        """How many pictures per step fit beside the private copies, and what they take, in words."""
+        free = comfy.model_management.get_free_memory(device)
+        try:
+            per_picture = trainer.memory_per_picture()
+        except comfy.model_management.OOM_EXCEPTION:
+            per_picture = free  # it tried two pictures; one may fit
+        batch = min(self.settings.batch, int(free // per_picture))
         if batch == 0:
             raise ValueError(
-                f"Training at {self.pixels} pixels needs about {size(fixed + per_picture)} and {size(free)} are free: "
+                f"Training at {self.pixels} pixels needs about {size(per_picture)} beside the model and {size(free)} are free: "
                 f"choose a smaller size than {self.pixels}, or close what else uses the memory."
             )
-        return batch, f"about {size(fixed + batch * per_picture)} of the {size(free)} of memory that are free"
+        return batch, f"about {size(batch * per_picture)} of the {size(free)} of memory that are free"
 
     def _result(self, run: Run, vectors, steps: int, said: list[str]) -> tuple[Embedding, list[dict], str]:
         facts = {

@@ -20,6 +20,7 @@ from .gradients import dot, project_out
 from .latents import Draw, draw
 from .loop import Diverged
 from .losses import WEIGHTINGS
+from .memory import OVER_REMEMBERED, remembered
 from .protocols import Denoiser, TextEncoder, Vectors
 
 METHODS = ("plain", "paper", "reference point")
@@ -86,26 +87,43 @@ class TextualInversion:
         picks = torch.rand(len(rows), generator=generator).tolist()
         return [ways[int(p * len(ways))] for ways, p in zip((self.captions[r] for r in rows), picks, strict=True)]
 
+    def memory_per_picture(self) -> float:
+        """Bytes that each picture of a batch, with its negative, adds to a step: from forward passes of 2 and of 1."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        counts = []
+        for n in (2, 1):
+            batch = draw(self.latents, self.denoiser, n, generator)
+            captions = [self.captions[0][0]] * n
+            counts.append(remembered(lambda b=batch, c=captions: self._losses(b, c, self._groups())))
+        return (counts[0] - counts[1]) * OVER_REMEMBERED
+
     def _gradients(self, batch: Draw, captions: list[str]) -> tuple[float, list[torch.Tensor], list[torch.Tensor]]:
         """Gradients of both groups from one forward and one backward: each group has leaves of its own."""
-        positive = {k: v.detach().clone().requires_grad_() for k, v in self.vectors.items()}
-        groups, latents, noise, sigma = [positive], self.latents[batch.rows], batch.noise, batch.sigma
+        groups = self._groups()
+        losses = self._losses(batch, captions, groups)
+        gradients = torch.autograd.grad(losses.sum(), [leaf for group in groups for leaf in group.values()])
+        count = len(groups[0])
+        return losses[0].item(), list(gradients[:count]), list(gradients[count:])
+
+    def _groups(self) -> list[Vectors]:
+        """Leaves where the positives see the word, and where the negatives do."""
+        places = [self.vectors]
         if self.contrastive:
-            at = self.start if self.settings.method == "reference point" else self.vectors
-            groups.append({k: v.detach().clone().requires_grad_() for k, v in at.items()})
-            latents, noise, sigma = (
-                torch.cat([latents, self.negatives[batch.rows]]),
-                torch.cat([noise] * 2),
-                torch.cat([sigma] * 2),
-            )
+            places.append(self.start if self.settings.method == "reference point" else self.vectors)
+        return [{k: v.detach().clone().requires_grad_() for k, v in place.items()} for place in places]
+
+    def _losses(self, batch: Draw, captions: list[str], groups: list[Vectors]) -> torch.Tensor:
+        """(groups) the weighted loss of the positives, and of the negatives under the same noise."""
+        pictures = [self.latents[batch.rows]] + ([self.negatives[batch.rows]] if self.contrastive else [])
+        latents, noise, sigma = (
+            torch.cat(pictures),
+            torch.cat([batch.noise] * len(groups)),
+            torch.cat([batch.sigma] * len(groups)),
+        )
         cond = self.encoder.encode(captions * len(groups), [leaves for leaves in groups for _ in captions])
         error = self.denoiser.error(latents, noise, sigma, cond)
         weights = WEIGHTINGS[self.settings.weighting](self.denoiser.snr(sigma))
-        losses = (error.float().square().mean((1, 2, 3)) * weights).view(len(groups), -1).mean(1)
-        leaves = [leaf for group in groups for leaf in group.values()]
-        gradients = torch.autograd.grad(losses.sum(), leaves)
-        count = len(positive)
-        return losses[0].item(), list(gradients[:count]), list(gradients[count:])
+        return (error.float().square().mean((1, 2, 3)) * weights).view(len(groups), -1).mean(1)
 
     def _reference(self, negative: list[torch.Tensor]) -> list[torch.Tensor]:
         """The running mean of the negative gradient with this step's; its length does not matter to a projection."""

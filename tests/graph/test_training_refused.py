@@ -1,8 +1,10 @@
 """Bad input to Train Embedding: one clear sentence, before anything is lost."""
 
+import re
 import subprocess
 import sys
 
+import comfy.model_management
 import pytest
 import torch
 
@@ -114,3 +116,21 @@ def test_a_run_that_another_process_trains_is_refused(graph, folders):
     holder.kill()
     holder.communicate()
     assert vectors(graph(prompt(run="busy", steps=2))).isfinite().all()
+
+
+def _short_of_memory(monkeypatch, free: float) -> None:
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: free)
+
+
+def test_fewer_pictures_per_step_where_memory_is_short(graph, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    graph(prompt(batch=3))
+    said = re.search(r"steps of 3 pictures, about (\d+) MB", caplog.text)
+    _short_of_memory(monkeypatch, float(said[1]) * 1e6 * 0.8)
+    run = graph(prompt(batch=3, seed=1))
+    assert "2 instead of 3 pictures per step, to fit into memory" in run.value("4", 2)
+
+
+def test_too_little_memory_for_one_picture_is_refused(graph, monkeypatch):
+    _short_of_memory(monkeypatch, 1000.0)
+    one_sentence(graph(prompt(), check=False), "64 pixels needs about", "choose a smaller size")

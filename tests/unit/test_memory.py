@@ -1,0 +1,63 @@
+"""What is said about memory before a training starts, against what the allocator sees during a step."""
+
+import comfy.model_management
+import pytest
+import torch
+
+
+@pytest.fixture
+def trainer(pack, bridge):
+    """make(method, batch) -> a trainer on Pocket, inside training mode."""
+    models = pack.nodes.pocket_models
+    ti = pack.training.textual_inversion
+    with bridge.training_mode():
+        model, clip = bridge.private_model(models.load_model()), bridge.private_clip(models.load_clip())
+        comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
+        latents = torch.randn(12, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+
+        def make(method, batch):
+            captions = [["a picture in the style of {token}"]] * len(latents)
+            return ti.TextualInversion(
+                bridge.ComfyDenoiser(model), bridge.ComfyTextEncoder(clip), latents, captions,
+                bridge.starting_vectors(clip, "picture", 1), ti.Settings(method=method, batch=batch), latents.flip(0),
+            )  # fmt: skip
+
+        yield make
+
+
+def peak(work) -> int:
+    """Most bytes alive at once of all that `work` allocates, from the allocator's own record."""
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    alive = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            most = max(most, alive)
+    return most
+
+
+def test_remembered_counts_what_backward_needs(pack):
+    x = torch.rand(1000, requires_grad=True)
+    assert pack.training.memory.remembered(lambda: (x * x).exp().sum()) == 2 * x.nbytes  # x once, and exp's own result
+    assert pack.training.memory.remembered(lambda: x[:10].sin()) == x.nbytes  # a view keeps the whole
+    assert pack.training.memory.remembered(lambda: x.detach().sin()) == 0
+
+
+@pytest.mark.parametrize("method", ["plain", "reference point"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_estimate_is_what_a_step_takes(trainer, method, batch):
+    """A twentieth to a quarter more than the peak, never less."""
+    training = trainer(method, batch)
+    training.step(0)
+    said = training.memory_per_picture() * batch
+    took = peak(lambda: training.step(1))
+    assert took < said < 1.25 * took
+
+
+def test_the_estimate_changes_nothing(trainer):
+    asked, not_asked = trainer("reference point", 2), trainer("reference point", 2)
+    asked.memory_per_picture()
+    for training in (asked, not_asked):
+        training.step(0)
+    assert torch.equal(asked.vectors["clip_l"], not_asked.vectors["clip_l"])
