@@ -5,9 +5,9 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from . import compare, dataset, embedding, generate, pocket, progress, train_embedding
+from . import compare, dataset, embedding, features, generate, metrics, pocket, progress, train_embedding
 
-FAMILIES = (pocket, dataset, generate, train_embedding, embedding, compare)
+FAMILIES = (pocket, dataset, generate, train_embedding, embedding, compare, features, metrics)
 
 
 class Counterpoint(ComfyExtension):
@@ -15,6 +15,7 @@ class Counterpoint(ComfyExtension):
         progress.register_routes()
         words = Path(__file__).resolve().parents[1] / "models" / "embeddings"  # found after the user's own
         folder_paths.add_model_folder_path("embeddings", str(words))
+        folder_paths.add_model_folder_path(features.FOLDER, str(Path(folder_paths.models_dir) / features.FOLDER))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for family in FAMILIES for node in family.NODES]

@@ -16,6 +16,7 @@ from comfy_api.latest import io
 
 from ..training import embedding as files
 from ..training.embedding import Embedding
+from ..training.features import images_hash
 from ..training.loop import Diverged, train
 from ..training.losses import WEIGHTINGS
 from ..training.memory import duration, size
@@ -75,15 +76,6 @@ def fit_size(image: torch.Tensor, pixels: int) -> torch.Tensor:
 def encode_pictures(vae, images: list[torch.Tensor], pixels: int) -> torch.Tensor:
     """Latents (n, C, h, w) of single pictures, on the CPU, as ordinary tensors."""
     return torch.cat([plain(vae.encode(fit_size(image, pixels))).cpu() for batch in images for image in batch.split(1)])
-
-
-def images_hash(images: list[torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(
-            str(tuple(image.shape)).encode() + (image.clamp(0, 1) * 255).to(torch.uint8).cpu().numpy().tobytes()
-        )
-    return digest.hexdigest()[:16]
 
 
 class TrainEmbedding(io.ComfyNode):

@@ -105,7 +105,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("server")
     base = make_base(folder / "base", packs)
     only_ours = ("--disable-all-custom-nodes", "--whitelist-custom-nodes", *packs)
-    with Server(base, folder / "server.log", only_ours) as running:
+    with Server(base, folder / "server.log", only_ours, spare_cores=1) as running:
         yield running
 
 

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         own += ["--models-directory", str(comfyui / "models")]
     base = make_base(DEV / "base", {"counterpoint": ROOT})
     port = options.port or (PORT if is_free(PORT) else None)
-    with Server(base, DEV / "log" / "serve.log", (*own, *flags), port) as server:
+    with Server(base, DEV / "log" / "serve.log", (*own, *flags), port, spare_cores=1) as server:
         print(f"{server.describe()}\nOpen {server.url}; our graphs are under Templates, Extensions. Ctrl-C ends it.")
         webbrowser.open(server.url)
         return server.process.wait()

@@ -57,10 +57,11 @@ def is_free(port: int) -> bool:
 class Server:
     """`with Server(base, log) as server: ...`; what it prints goes to the log file."""
 
-    def __init__(self, base: Path, log: Path, extra_flags: tuple[str, ...] = (), port: int | None = None) -> None:
+    def __init__(self, base: Path, log: Path, extra_flags: tuple[str, ...] = (), port: int | None = None,
+                 spare_cores: int = 0) -> None:  # fmt: skip
         self.base, self.log, self.port = base, log, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.settings = {name: os.environ.get(name, value) for name, value in thread_settings().items()}
+        self.settings = {name: os.environ.get(name, value) for name, value in thread_settings(spare_cores).items()}
         self.flags = [*server_flags(), *extra_flags]
         self.process: subprocess.Popen | None = None
 

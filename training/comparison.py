@@ -1,0 +1,129 @@
+"""Two sets of pictures, measured every way at once, with what the figures can bear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .distances import Overlap, cmmd, cubic, draw_subsets, frechet, kid, mmd2, overlap
+from .features import Features, check_comparable
+from .intervals import wilson
+
+NEIGHBOURS = 5
+SUBSETS, SUBSET = 100, 1000  # KID's own
+JACKKNIFE, JACKKNIFE_WIDTH = 10, 512  # groups; beyond so many numbers it takes minutes
+PAIRS = 10**8  # pictures times pictures up to which KID's interval is computed
+
+
+class Figure(NamedTuple):
+    """One metric. `low` and `high` are its 95 % interval where there is one; `floor` is what the reference gets against itself."""
+
+    metric: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    floor: float | None = None
+    note: str = ""
+
+
+def compare(made: Features, real: Features, neighbours: int = NEIGHBOURS, seed: int = 0) -> list[Figure]:
+    """Every metric of `made` against the reference `real`.
+
+    The floor compares two random halves of the reference: a set as good as the reference itself would get about that.
+    A metric that the sets are too small for has no value and says so. Raises ValueError for features of two extractors.
+    """
+    check_comparable(made, real)
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
+    halves = [real.values[rows] for rows in order.tensor_split(2)]
+    figures = []
+    for names, measure in METRICS.items():
+        needs = neighbours + 1 if measure is _overlap else 4
+        fewest = min(len(made), len(real))
+        if fewest < needs:
+            note = f"needs {needs} pictures on each side, and there are {fewest}"
+            figures += [Figure(name, note=note) for name in names]
+            continue
+        found = measure(made.values, real.values, neighbours, seed)
+        if len(real) >= 2 * needs:
+            floors = measure(*halves, neighbours, seed)
+            found = [f._replace(floor=floor.value) for f, floor in zip(found, floors, strict=True)]
+        figures += found
+    return figures
+
+
+def _fid(x: torch.Tensor, y: torch.Tensor, neighbours: int, seed: int) -> list[Figure]:
+    value, width = frechet(x, y), x.shape[1]
+    low = high = None
+    if width <= JACKKNIFE_WIDTH and min(len(x), len(y)) >= 2 * JACKKNIFE:
+        error = jackknife(frechet, x, y)
+        low, high = value - 1.96 * error, value + 1.96 * error
+    few = min(len(x), len(y)) <= 2 * width
+    note = f"mostly noise below {2 * width + 1} pictures on each side: trust KID or CMMD instead" if few else ""
+    return [Figure("FID", value, low, high, note=note)]
+
+
+def _kid(x: torch.Tensor, y: torch.Tensor, neighbours: int, seed: int) -> list[Figure]:
+    fewest = min(len(x), len(y))
+    size = min(SUBSET, fewest // 2)
+    values = kid(x, y, draw_subsets(len(x), len(y), size, SUBSETS, seed))
+    value, low, high = values.mean().item(), None, None
+    if len(x) * len(y) <= PAIRS:
+        error = mmd2(x.double(), y.double(), cubic, True)[1]
+        low, high = value - 1.96 * error, value + 1.96 * error
+    note = f"{SUBSETS} subsets of {size}, standard deviation {values.std():.3g}"
+    return [Figure("KID", value, low, high, note=note)]
+
+
+def _cmmd(x: torch.Tensor, y: torch.Tensor, neighbours: int, seed: int) -> list[Figure]:
+    value, error = cmmd(x, y)
+    return [Figure("CMMD", value, value - 1.96 * error, value + 1.96 * error)]
+
+
+def _overlap(x: torch.Tensor, y: torch.Tensor, neighbours: int, seed: int) -> list[Figure]:
+    few = f"shaky below {10 * neighbours} pictures on each side" if min(len(x), len(y)) < 10 * neighbours else ""
+    figures = []
+    for name, rows in overlap(x, y, neighbours)._asdict().items():
+        value = rows.mean().item()
+        error = 1.96 * (rows.std() / len(rows) ** 0.5).item()
+        interval = (value - error, value + error) if name == "density" else wilson(int(rows.sum()), len(rows))
+        figures.append(Figure(name, value, *interval, note=few))
+    return figures
+
+
+METRICS = {("FID",): _fid, ("KID",): _kid, ("CMMD",): _cmmd, Overlap._fields: _overlap}
+
+
+def jackknife(measure: Callable, x: torch.Tensor, y: torch.Tensor, groups: int = JACKKNIFE) -> float:
+    """Standard error of measure(x, y) by leaving out a tenth of each set at a time (Efron and Tibshirani 1993, 11.5)."""
+    parts = [torch.arange(len(z)) % groups for z in (x, y)]
+    values = torch.tensor([measure(x[parts[0] != g], y[parts[1] != g]) for g in range(groups)], dtype=torch.float64)
+    return ((groups - 1) * values.var(unbiased=False)).sqrt().item()
+
+
+def table(figures: list[Figure], made: int, real: int, extractor: str) -> str:
+    """A table for people, in columns of text."""
+    rows = [("", "value", "95 %", "floor", "")]
+    for f in figures:
+        interval = "" if f.low is None else f"{_short(f.low)} to {_short(f.high)}"
+        rows.append((f.metric, _short(f.value), interval, _short(f.floor), f.note))
+    return f"{made} pictures against {real}, as {extractor} sees them\n{aligned(rows)}"
+
+
+def _short(x: float | None) -> str:
+    return "" if x is None else f"{x:.4g}" if abs(x) >= 1e-4 else f"{x:.1e}"
+
+
+def class_table(classes: dict[str, list[Figure]]) -> str:
+    """A line for each class and one for their mean, a column for each metric."""
+    metrics = [f.metric for f in next(iter(classes.values()))]
+    values = {name: [f.value for f in row] for name, row in classes.items()}
+    known = [[v for v in column if v is not None] for column in zip(*values.values(), strict=True)]
+    values["mean of classes"] = [sum(column) / len(column) if column else None for column in known]
+    return aligned([("", *metrics), *((name, *map(_short, row)) for name, row in values.items())])
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
