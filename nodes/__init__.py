@@ -5,9 +5,20 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from . import compare, dataset, embedding, features, generate, metrics, pocket, progress, train_embedding
+from . import (
+    compare,
+    dataset,
+    embedding,
+    features,
+    generate,
+    inspect_dataset,
+    metrics,
+    pocket,
+    progress,
+    train_embedding,
+)
 
-FAMILIES = (pocket, dataset, generate, train_embedding, embedding, compare, features, metrics)
+FAMILIES = (pocket, dataset, inspect_dataset, generate, train_embedding, embedding, compare, features, metrics)
 
 
 class Counterpoint(ComfyExtension):

@@ -31,6 +31,7 @@ from ..training.sheet import save_sheet
 from . import pocket_card, pocket_models, train_embedding
 
 ROOT = Path(__file__).resolve().parents[1]
+VISION_STEPS = 6_000
 EXAMPLE, EXAMPLE_WORD = world.HELD_OUT[1], "pocket-ink-and-wash"
 log = logging.getLogger("counterpoint.pocket")
 
@@ -205,6 +206,35 @@ def train_clip(folder: Path) -> None:
         ship("vision", half(pair.vision.state_dict()))
 
 
+def train_vision(folder: Path) -> None:
+    """The vision tower needs ten times the pictures that the text tower does, and only it goes on here."""
+    images, scenes = pictures.load(folder, "train")
+    vocabulary = Words()
+    words, lengths = vocabulary.read(folder, "train", scenes, variants=6)
+    pair = shipped_text(len(vocabulary.ids))
+    file = folder / "vision" / "texts.safetensors"
+    texts = kept(
+        file, lambda rows: _pooled(pair, words[:, rows], lengths[:, rows]).movedim(0, 1), torch.arange(len(images))
+    )
+    pair.vision.load_state_dict(pocket_models.read_part("vision")[0])
+    sight = clip.Sight(pair.vision.requires_grad_(True))
+    loss = clip.sight_loss(sight, images, scenes, texts.movedim(0, 1), 48)
+    fit(folder, "vision", Fit(sight, loss, steps=VISION_STEPS, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, warmup=100, decay=0.8,
+                              ema=0.998, around=torch.autograd.graph.allow_mutation_on_saved_tensors), {"batch": 48})  # fmt: skip
+    if rank() == 0:
+        ship("vision", half(sight.vision.state_dict()))
+
+
+def _pooled(pair: clip.Pair, words: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """(variants, n, 77) and (variants, n) -> (variants, n, 128) half."""
+    with torch.no_grad():
+        parts = [
+            pair.encode_text(w.long(), n)[1]
+            for w, n in zip(words.flatten(0, 1).split(200), lengths.flatten().split(200), strict=True)
+        ]
+    return torch.cat(parts).view(*lengths.shape, -1).half()
+
+
 def clip_pair(words: int) -> clip.Pair:
     text, vision = initialise(pocket_models.text_module(), 1), initialise(pocket_models.vision_module(), 2)
     text.text_model.embeddings.token_embedding.weight.requires_grad_(False)  # its rows are trained in `Pair.rows`
@@ -320,12 +350,18 @@ def ship_so_far(folder: Path) -> None:
 
 def text_encoder(words: int):
     """(words, lengths) -> (B, 77, 128) states of the shipped text tower."""
+    pair = shipped_text(words)
+    return lambda w, n: pair.encode_text(w, n)[0]
+
+
+def shipped_text(words: int) -> clip.Pair:
+    """A pair whose text tower is the one that ships."""
     stored, _ = artefact.read(pocket_models.MODELS / "pocket-text.safetensors")
     pair = clip_pair(words).eval().requires_grad_(False)
     pair.rows.data = stored.pop("token_rows").float()
     del stored["token_ids"]
     pair.text.load_state_dict({k: v.float() for k, v in stored.items()}, strict=False)
-    return lambda w, n: pair.encode_text(w, n)[0]
+    return pair
 
 
 def write_card(folder: Path) -> None:
@@ -354,6 +390,7 @@ STAGES = {
     "pictures": paint_pictures,
     "vae": train_vae,
     "clip": train_clip,
+    "vision": train_vision,
     "judge": train_judge,
     "unet": train_unet,
     "decoder": train_decoder,

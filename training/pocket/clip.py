@@ -62,6 +62,39 @@ def pair_loss(pair: Pair, images: torch.Tensor, scenes: Scenes, words: torch.Ten
     return loss
 
 
+class Sight(nn.Module):
+    """The vision tower by itself, going on against text vectors that no longer move: UNet and words stand on those."""
+
+    def __init__(self, vision: nn.Module):
+        super().__init__()
+        self.vision = vision
+        self.log_scale = nn.Parameter(torch.tensor(EXPECTED_LOGIT_SCALE).log())
+        self.heads = nn.ModuleDict({k: nn.Linear(WIDTH, len(v)) for k, v in ATTRIBUTES.items()})
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, 128, 128) uint8 -> (B, 128)."""
+        return self.vision(pixel_values=(images.float() / 255 - MEAN) / STD)[2]
+
+
+def sight_loss(sight: Sight, images: torch.Tensor, scenes: Scenes, texts: torch.Tensor, batch: int):
+    """`texts` (variants, n, 128): what the text tower says of several captions of each picture. Pictures are shifted by
+    up to 4 pixels, so that no patch is learned by heart."""
+
+    def loss(generator: torch.Generator, done: float):
+        rows = torch.randint(0, len(images), (batch,), generator=generator)
+        variant = torch.randint(0, len(texts), (batch,), generator=generator)
+        shift = torch.randint(-4, 5, (2,), generator=generator).tolist()
+        v, t = sight.encode_image(images[rows].roll(shift, (2, 3))), texts[variant, rows].float()
+        logits = F.normalize(v, dim=1) @ F.normalize(t, dim=1).T * sight.log_scale.exp().clamp(max=100)
+        target = torch.arange(batch)
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        read = {k: F.cross_entropy(head(v), getattr(scenes, k)[rows]) for k, head in sight.heads.items()}
+        said = {k: read[k].item() for k in ("shape", "pattern", "stroke")}
+        return contrast + sum(read.values()), {"contrast": contrast.item(), **said}
+
+    return loss
+
+
 @torch.no_grad()
 def accuracy(pair: Pair, images, scenes: Scenes, words, lengths) -> dict[str, float]:
     """What the heads read off the pooled vectors, and retrieval of 1 of 100 by the first caption."""
