@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy
 import torch
 from comfy_api.latest import io, ui
@@ -53,23 +55,25 @@ class InspectDataset(io.ComfyNode):
         unwanted = [w.strip() for w in style_words[0].split(",") if w.strip()]
         found = inspection.inspect(singles, captions or [], size[0], unwanted)
         table = inspection.table(singles, captions or [], called, size[0], found)
-        picture = contact_sheet(singles, size[0], columns[0], found)
+        picture = contact_sheet(singles, size[0], columns[0], found, table)
         return io.NodeOutput(
             picture, table, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(table).as_dict()}
         )
 
 
-def contact_sheet(images: list[torch.Tensor], size: int, columns: int, found: list[inspection.Finding]) -> torch.Tensor:
-    """(1, H, W, 3): a row for each finding that does not concern all, then the pictures without one."""
+def contact_sheet(
+    images: list[torch.Tensor], size: int, columns: int, found: list[inspection.Finding], table: str
+) -> torch.Tensor:
+    """(1, H, W, 3): the table's beginning, a row for each finding in some of the pictures, and the pictures without one."""
     squares = torch.cat([fit_size(fit_size(image, size), SHOWN) for image in images]).movedim(-1, 1)
     some = [f for f in found if len(f.rows) < len(images)]
     suspects = {row for f in some for row in f.rows}
     rest = [i for i in range(len(images)) if i not in suspects]
-    rows = [(f.what, f.rows) for f in some] + ([("nothing found", rest)] if rest else [])
+    rows = [(f.what, f.rows) for f in some] + ([("without a fault of their own", rest)] if rest else [])
+    headings = [line for line in table.splitlines() if not line.startswith("- ")]
+    lines = [part for line in headings for part in textwrap.wrap(line, 16 * columns)]
     shown = [(f"{what}: {len(which)}", squares[which[:MOST]]) for what, which in rows]
-    picture = sheet(
-        [s for _, s in shown], [label for label, _ in shown], columns, f"{len(images)} squares of {size} pixels"
-    )
+    picture = sheet([s for _, s in shown], [label for label, _ in shown], columns, "\n".join(lines))
     return torch.from_numpy(numpy.asarray(picture, dtype=numpy.float32) / 255)[None]
 
 

@@ -17,7 +17,7 @@ from comfy_api.latest import io, ui
 from ..training import comparison
 from ..training import folder as files
 from ..training.features import Extractor, Features, extract, images_hash, kept
-from ..training.scatter import scatter
+from ..training.scatter import scatter, stacked, written
 from .dataset import choices, roots
 from .features import CATEGORY, FeaturesType
 from .progress import Reporter
@@ -76,7 +76,7 @@ class CompareSets(io.ComfyNode):
             ],
             outputs=[
                 io.String.Output(display_name="table", tooltip="Every metric with its interval, to read."),
-                io.Image.Output(display_name="plot", tooltip="Both sets as points, in the plane in which the reference varies most."),
+                io.Image.Output(display_name="plot", tooltip="The table, and both sets as points in the plane of 2 directions in which they vary most."),
                 io.String.Output(display_name="json", tooltip="The same figures for other programs."),
             ],
         )  # fmt: skip
@@ -113,7 +113,11 @@ class CompareSets(io.ComfyNode):
             classes = by_class(made_set, real_set, made_labels, reference_labels, neighbours[0], seed[0])
             table += "\n\n" + comparison.class_table(classes)
             facts["classes"] = {name: {f.metric: f._asdict() for f in row} for name, row in classes.items()}
-        picture = scatter(real_set.values, made_set.values, (f"reference, {len(real_set)}", f"made, {len(made_set)}"))
+        heading = comparison.heading(len(made_set), len(real_set), features[0].name)
+        picture = stacked(
+            written(heading, comparison.rows(figures), comparison.notes(figures)),
+            scatter(real_set.values, made_set.values, (f"reference, {len(real_set)}", f"made, {len(made_set)}")),
+        )
         plot = torch.from_numpy(numpy.asarray(picture, dtype=numpy.float32) / 255)[None]
         shown = ui.PreviewImage(plot, cls=cls).as_dict()
         return io.NodeOutput(table, plot, json.dumps(facts), ui={**shown, **ui.PreviewText(table).as_dict()})

@@ -102,17 +102,35 @@ def jackknife(measure: Callable, x: torch.Tensor, y: torch.Tensor, groups: int =
     return ((groups - 1) * values.var(unbiased=False)).sqrt().item()
 
 
+def rows(figures: list[Figure]) -> list[tuple[str, ...]]:
+    """Metric, value, interval and floor as words, with a heading."""
+    body = [
+        (f.metric, _short(f.value), "" if f.low is None else f"{_short(f.low)} to {_short(f.high)}", _short(f.floor))
+        for f in figures
+    ]
+    return [("", "value", "95 %", "floor"), *body]
+
+
+def notes(figures: list[Figure]) -> list[str]:
+    """What to beware of; metrics with the same warning share a line."""
+    found: dict[str, list[str]] = {}
+    for f in figures:
+        if f.note:
+            found.setdefault(f.note, []).append(f.metric)
+    return [f"{', '.join(metrics)}: {note}" for note, metrics in found.items()]
+
+
+def heading(made: int, real: int, extractor: str) -> str:
+    return f"{made} pictures against {real}, as {extractor} sees them"
+
+
 def table(figures: list[Figure], made: int, real: int, extractor: str) -> str:
     """A table for people, in columns of text."""
-    rows = [("", "value", "95 %", "floor", "")]
-    for f in figures:
-        interval = "" if f.low is None else f"{_short(f.low)} to {_short(f.high)}"
-        rows.append((f.metric, _short(f.value), interval, _short(f.floor), f.note))
-    return f"{made} pictures against {real}, as {extractor} sees them\n{aligned(rows)}"
+    return "\n".join([heading(made, real, extractor), aligned(rows(figures)), *notes(figures)])
 
 
 def _short(x: float | None) -> str:
-    return "" if x is None else f"{x:.4g}" if abs(x) >= 1e-4 else f"{x:.1e}"
+    return "" if x is None else f"{x:.4g}" if abs(x) >= 1e-4 else f"{x:.1e}" if x else "0"
 
 
 def class_table(classes: dict[str, list[Figure]]) -> str:

@@ -1,27 +1,31 @@
-"""Two sets of pictures as points: the view that shows most of how the reference varies."""
+"""Two sets of pictures as points, in the view that shows most of how they vary, under a table of figures."""
 
 from __future__ import annotations
+
+import textwrap
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-SIZE, MARGIN, DOT = 512, 32, 3
+SIZE, MARGIN, DOT = 560, 32, 3
+COLUMNS = (16, 130, 240, 450)  # where those of a table begin
 MOST = 2000  # points of each set; more only blacken the paper
 PAPER, INK = (255, 255, 255), (32, 32, 32)
 COLOURS = ((90, 90, 90), (220, 80, 30))  # reference, made
 
 
-def plane(real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (d) and the two directions (d, 2) along which a set varies most."""
-    mean = real.double().mean(0)
-    _, _, directions = torch.linalg.svd(real[:MOST].double() - mean, full_matrices=False)
+def plane(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (d) and the two directions (d, 2) along which rows vary most."""
+    mean = x.double().mean(0)
+    _, _, directions = torch.linalg.svd(x.double() - mean, full_matrices=False)
     return mean, directions[:2].T
 
 
 def scatter(real: torch.Tensor, made: torch.Tensor, labels: tuple[str, str]) -> Image.Image:
-    """(n, d) and (m, d) features -> a square picture; the reference gives the plane, both are seen in it."""
-    mean, directions = plane(real)
-    points = [(x[:MOST].double() - mean) @ directions for x in (real, made)]
+    """(n, d) and (m, d) features -> a square picture in the plane in which both sets together vary most."""
+    shown = [x[:MOST].double() for x in (real, made)]
+    mean, directions = plane(torch.cat(shown))
+    points = [(x - mean) @ directions for x in shown]
     reach = torch.cat(points).abs().amax().clamp_min(1e-9)
     canvas = Image.new("RGB", (SIZE, SIZE + 2 * MARGIN), PAPER)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
@@ -31,4 +35,26 @@ def scatter(real: torch.Tensor, made: torch.Tensor, labels: tuple[str, str]) -> 
         for u, v in (cloud / reach).tolist():
             centre = SIZE / 2 + u * (SIZE / 2 - MARGIN), 2 * MARGIN + SIZE / 2 - v * (SIZE / 2 - MARGIN)
             pen.ellipse([c + d for d in (-DOT, DOT) for c in centre], fill=colour)
+    return canvas
+
+
+def written(title: str, rows: list[tuple[str, ...]], notes: list[str]) -> Image.Image:
+    """A table as a picture of the same width: a title, columns, and notes broken into lines."""
+    font, small, step = ImageFont.load_default(17), ImageFont.load_default(13), 24
+    lines = [line for note in notes for line in textwrap.wrap(note, 80)]
+    canvas = Image.new("RGB", (SIZE, step * (len(rows) + 2) + 17 * len(lines)), PAPER)
+    pen = ImageDraw.Draw(canvas)
+    pen.text((MARGIN // 2, 8), title, INK, font)
+    for i, row in enumerate(rows):
+        for column, cell in zip(COLUMNS, row, strict=True):
+            pen.text((column, step * (i + 1) + 12), cell, INK, font)
+    for i, line in enumerate(lines):
+        pen.text((MARGIN // 2, step * (len(rows) + 1) + 16 + 17 * i), line, INK, small)
+    return canvas
+
+
+def stacked(above: Image.Image, below: Image.Image) -> Image.Image:
+    canvas = Image.new("RGB", (SIZE, above.height + below.height), PAPER)
+    canvas.paste(above, (0, 0))
+    canvas.paste(below, (0, above.height))
     return canvas

@@ -19,7 +19,10 @@ def to_image(picture: torch.Tensor) -> Image.Image:
 def sheet(
     rows: list[torch.Tensor], labels: list[str] | None = None, columns: int = 0, title: str = "", scale: int = 1
 ) -> Image.Image:
-    """Each row (n, 3, H, W) in 0..1 with its label above it; rows longer than `columns` (0 = never) are broken."""
+    """Each row (n, 3, H, W) in 0..1 with its label above it; rows longer than `columns` (0 = never) are broken.
+
+    The title may have several lines.
+    """
     size = max(14, 10 * scale)
     font = ImageFont.load_default(size)
     line = size + MARGIN
@@ -27,12 +30,11 @@ def sheet(
     per_line = min(max(len(r) for r in rows), columns or 10**6)
     texts = labels or [""] * len(rows)
     heights = [(line if text else 0) + -(-len(r) // per_line) * cell_h for r, text in zip(rows, texts, strict=True)]
-    canvas = Image.new(
-        "RGB", (2 * MARGIN + per_line * cell_w, 2 * MARGIN + sum(heights) + (line if title else 0)), PAPER
-    )
+    titles = title.splitlines()
+    canvas = Image.new("RGB", (2 * MARGIN + per_line * cell_w, 2 * MARGIN + sum(heights) + line * len(titles)), PAPER)
     pen, y = ImageDraw.Draw(canvas), MARGIN
-    if title:
-        pen.text((MARGIN, y), title, INK, font)
+    for text in titles:
+        pen.text((MARGIN, y), text, INK, font)
         y += line
     for row, text, height in zip(rows, texts, heights, strict=True):
         if text:
