@@ -15,10 +15,22 @@ from . import (
     metrics,
     pocket,
     progress,
+    similarity,
     train_embedding,
 )
 
-FAMILIES = (pocket, dataset, inspect_dataset, generate, train_embedding, embedding, compare, features, metrics)
+FAMILIES = (
+    pocket,
+    dataset,
+    inspect_dataset,
+    generate,
+    train_embedding,
+    embedding,
+    compare,
+    features,
+    metrics,
+    similarity,
+)
 
 
 class Counterpoint(ComfyExtension):

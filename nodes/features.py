@@ -72,7 +72,7 @@ class LoadFeatures(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, extractor, **_):
-        file = find(extractor)
+        file = find(extractor) if extractor else None  # None is a wire
         return "" if file is None else [(f.name, f.stat().st_size, f.stat().st_mtime) for f in parts_of(file)]
 
     @classmethod
@@ -118,10 +118,12 @@ def pocket() -> Extractor:
 
 
 def of_clip_vision(vision, name: str = "CLIP vision") -> Extractor:
-    """Core's own preprocessing; the projected embedding of CLIP, the class token of DINO."""
+    """Core's own preprocessing; the projected embedding of CLIP, the class token of DINO, the mean patch of SigLIP, whose
+    pooling core does not load."""
 
     def see(images: torch.Tensor) -> torch.Tensor:
-        return vision.encode_image(images)["image_embeds"]
+        seen = vision.encode_image(images)["image_embeds"]
+        return seen.mean(1) if seen.ndim == 3 else seen
 
     return Extractor(f"{name}, {vision.image_size} pixels", fingerprint(vision), see)
 

@@ -89,7 +89,6 @@ class TrainEmbedding(io.ComfyNode):
             "particular) what your pictures show besides their style is kept out of the word.",
             search_aliases=["textual inversion", "nsync", "learn style", "train style"],
             is_input_list=True,
-            is_output_node=True,
             not_idempotent=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that learns the word; it is not changed. 1 model."),

@@ -12,6 +12,18 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
+def mean_interval(values: torch.Tensor) -> tuple[float, float, float]:
+    """Mean of n numbers and its 95 % interval: Wilson's for shares (all 0 or 1), the percentile bootstrap for up to 200
+    other numbers, the normal approximation for more."""
+    mean = values.double().mean().item()
+    if bool(((values == 0) | (values == 1)).all()):
+        return mean, *wilson(int(values.sum()), len(values))
+    if len(values) <= 200:
+        return mean, *bootstrap(values.tolist())
+    half = 1.96 * values.double().std().item() / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
 def bootstrap(differences: list[float], samples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean of paired differences, by the percentile bootstrap. With 3 pairs it is only a hint."""
     x = torch.tensor(differences, dtype=torch.float64)

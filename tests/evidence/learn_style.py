@@ -4,22 +4,18 @@
     python dev.py evidence learn_style                     every arm on the demo's style, three fresh seeds (20 minutes)
 
 Found: contrast, as published and with a fixed reference, keeps nothing out of the word here, with or without its length
-held; captions do. `why_no_contrast.py` says why. Every run is a JSON file in tests/evidence/results/learn_style and is not repeated. About 2 minutes a run on two cores.
+held; captions do. `why_no_contrast.py` says why.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 from harness.boot import boot, load_pack, prepare
+from harness.claim import Claim, Plan, command, models_hash
 
-RESULTS = Path(__file__).parent / "results" / "learn_style"
 PICTURES = 16
 SAMPLES = 64
 ARMS = {
@@ -28,71 +24,40 @@ ARMS = {
     "paper": {"method": "paper", "strength": 1.0},
     "reference point": {"method": "reference point", "strength": 1.0},
     "plain, captions": {"method": "plain", "strength": 1.0, "caption_use": "caption"},
-    "plain, norm kept": {"method": "plain", "strength": 1.0, "keep_norm": True},
     "reference point, norm kept": {"method": "reference point", "strength": 1.0, "keep_norm": True},
 }
 STYLE, SEEDS = 1, (1, 2, 3)  # of the demo; seed 0 was for choosing it
+CONDITION = f"style-{STYLE}"
 README = ("style", "leak", "style elsewhere", "shape followed")
-MEASURES = ("style", "stroke", "paper", "line", "leak", "style elsewhere", "shape followed", "colour followed")
+CLAIM = Claim(
+    name="learn_style",
+    about=__doc__,
+    screen=Plan(tuple(f"style-{i}" for i in range(6)), ("plain",), (0,)),
+    confirm=Plan((CONDITION,), tuple(ARMS), SEEDS),
+    measures=("style", "stroke", "paper", "line", "leak", "style elsewhere", "shape followed", "colour followed"),
+    baseline="plain",
+    seconds=70,
+)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="dev.py evidence learn_style", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--screen", action="store_true", help="only plain, on all six styles")
-    parser.add_argument("--style", type=int, default=STYLE, help="which held-out style, 0 to 5")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    options = parser.parse_args(argv)
-    prepare(Path(tempfile.mkdtemp(prefix="counterpoint-evidence-")))
-    boot()
-    world = Laboratory(load_pack())
-    plan = [(s, arm, seed) for s in ([*range(6)] if options.screen else [options.style])
-            for seed in ([0] if options.screen else options.seeds) for arm in (["plain"] if options.screen else options.arms)]  # fmt: skip
-    for style, arm, seed in plan:
-        file = RESULTS / f"style-{style}" / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}.json"
-        if not file.exists():
-            started = time.monotonic()
-            measured = world.measure(style, arm, seed)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            facts = {"style": style, "arm": arm, "seed": seed, "seconds": round(time.monotonic() - started), **measured}
-            file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        print(style, arm, seed, json.loads(file.read_text(encoding="utf-8"))["measures"], flush=True)
-    for style in sorted({s for s, _, _ in plan}):
-        print(f"held-out style {style}", table(style), sep="\n")
-    return 0
+    return command(CLAIM, argv, open_laboratory)
 
 
-def table(style: int, measures: tuple[str, ...] = MEASURES, seeds: tuple[int, ...] = ()) -> str:
-    """Means over seeds (all there are, or those), with the paired differences to plain and their 95 % intervals."""
-    from counterpoint.training.intervals import bootstrap
-
-    runs: dict[str, dict[int, dict]] = {}
-    for file in sorted((RESULTS / f"style-{style}").glob("*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if not seeds or record["seed"] in seeds:
-            runs.setdefault(record["arm"], {})[record["seed"]] = record["measures"]
-    lines = [
-        "| | seeds | " + " | ".join(measures) + " |",
-        "|---" * (len(measures) + 2) + "|",
-    ]
-    for arm in [a for a in ARMS if a in runs]:
-        cells = [f"{statistics.mean(m[k] for m in runs[arm].values()):.2f}" for k in measures]
-        lines.append(f"| {arm} | {len(runs[arm])} | " + " | ".join(cells) + " |")
-    for arm in [a for a in ARMS if a in runs and a not in ("base", "plain") and "plain" in runs]:
-        shared = sorted(runs[arm].keys() & runs["plain"].keys())
-        if len(shared) > 1:
-            differences = {k: [runs[arm][s][k] - runs["plain"][s][k] for s in shared] for k in measures}
-            cells = [
-                "{:+.2f} ({:+.2f} to {:+.2f})".format(statistics.mean(d), *bootstrap(d)) for d in differences.values()
-            ]
-            lines.append(f"| {arm} - plain | {len(shared)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def open_laboratory():
+    laboratory = Laboratory.open()
+    return models_hash(), lambda condition, arm, seed: laboratory.measure(int(condition[-1]), arm, seed)
 
 
 class Laboratory:
     """Pocket, its painter and its judge."""
+
+    @classmethod
+    def open(cls) -> Laboratory:
+        """Inside a ComfyUI of its own, with an empty base directory."""
+        prepare(Path(tempfile.mkdtemp(prefix="counterpoint-evidence-")))
+        boot()
+        return cls(load_pack())
 
     def __init__(self, pack):
         nodes, world = pack.nodes, pack.training.pocket
@@ -169,7 +134,7 @@ class Laboratory:
             "style elsewhere": torch.stack(list(style(elsewhere).values())).all(0),
             "shape followed": elsewhere["shape"] == scenes.shape, "colour followed": elsewhere["colour"] == scenes.colour,
         }  # fmt: skip
-        return {k: round(shares[k].float().mean().item(), 4) for k in MEASURES}
+        return {k: round(shares[k].float().mean().item(), 4) for k in CLAIM.measures}
 
     def sample(self, clip, prompts: list[str], seed: int):
         import torch
@@ -184,7 +149,3 @@ class Laboratory:
                 )
                 parts.append(self.vae.decode(latents).movedim(-1, 1).clone())
         return torch.cat(parts)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import tempfile
-from pathlib import Path
 
 from evidence import learn_style
-from harness.boot import boot, load_pack, prepare
+from harness import claim
 
-RESULTS = learn_style.RESULTS.with_name("why_no_contrast")
+RESULTS = claim.RESULTS / "why_no_contrast"
 TEMPLATE = "a picture in the style of {token}"
 BATCHES = 48  # of 8, for a mean gradient
 
@@ -30,9 +27,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(learn_style.SEEDS))
     options = parser.parse_args(argv)
-    prepare(Path(tempfile.mkdtemp(prefix="counterpoint-evidence-")))
-    boot()
-    laboratory = learn_style.Laboratory(load_pack())
+    laboratory = learn_style.Laboratory.open()
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         file = RESULTS / f"seed-{seed}.json"
@@ -102,7 +97,3 @@ def signal_over_noise(rows) -> float:
 
 def cosine(a, b) -> float:
     return (a @ b / (a.norm() * b.norm())).item()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

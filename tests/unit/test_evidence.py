@@ -1,31 +1,142 @@
-"""What is said about results is what the result files say."""
+"""What is said about results is what the result files say; the runner of claims does what is missing and nothing else."""
 
 import importlib
 import json
 
+import pytest
+
 from evidence import learn_style
+from harness import claim as claims
 from harness.boot import ROOT
+from harness.claim import Claim, Plan
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CLAIM = Claim(
+    "toy",
+    "",
+    Plan(("a",), ("plain",), (0,)),
+    Plan(("a", "b"), ("base", "plain", "paper"), (1, 2)),
+    ("leak",),
+    "plain",
+    60,
+)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    return tmp_path / "toy"
+
+
+def toy(asked: list):
+    """A laboratory whose figures say which run they are of."""
+
+    def measure(condition, arm, seed):
+        asked.append((condition, arm, seed))
+        return {"measures": {"leak": seed / 4 + (arm == "paper") * 0.25}, "more": "facts"}
+
+    return measure
 
 
 def test_the_readmes_table_comes_from_the_results(pack):
-    assert learn_style.table(learn_style.STYLE, learn_style.README, learn_style.SEEDS) in README
+    assert claims.table(learn_style.CLAIM, (learn_style.CONDITION,), learn_style.README, learn_style.SEEDS) in README
 
 
-def test_differences_are_paired_by_seed(pack, tmp_path, monkeypatch):
-    monkeypatch.setattr(learn_style, "RESULTS", tmp_path)
-    (tmp_path / "style-0").mkdir()
-    for arm, values in {"plain": {1: 0.5, 2: 1.0, 3: 0.0}, "paper": {2: 0.75, 1: 0.25}}.items():
-        for seed, value in values.items():
-            record = {"arm": arm, "seed": seed, "measures": {"leak": value}}
-            (tmp_path / "style-0" / f"{arm}-{seed}.json").write_text(json.dumps(record))
-    rows = learn_style.table(0, ("leak",)).splitlines()
-    assert rows[2:] == [
-        "| plain | 3 | 0.50 |",
-        "| paper | 2 | 0.50 |",
-        "| paper - plain | 2 | -0.25 (-0.25 to -0.25) |",
+def test_the_results_are_of_the_models_that_ship():
+    found = [r for i in range(6) for r in claims.read(learn_style.CLAIM, f"style-{i}")]
+    assert found and {r["models"] for r in found} == {claims.models_hash()}
+
+
+def test_the_committed_plot_is_drawn_from_the_results():
+    drawing = claims.RESULTS / "learn_style" / f"{learn_style.CONDITION}.svg"
+    assert drawing.read_text(encoding="utf-8") == claims.plot(
+        learn_style.CLAIM, learn_style.CONDITION, learn_style.SEEDS
+    )
+
+
+def test_every_run_is_a_file_and_is_done_once(results):
+    asked = []
+    assert claims.run(CLAIM, CLAIM.confirm, "m", toy(asked))
+    assert len(asked) == 12 and len(list(results.rglob("*.json"))) == 12
+    (results / "b" / "paper-2.json").unlink()
+    assert claims.run(CLAIM, CLAIM.confirm, "m", toy(asked))
+    assert asked[12:] == [("b", "paper", 2)]
+    record = json.loads((results / "b" / "paper-2.json").read_text())
+    assert record.pop("seconds") >= 0
+    assert record == {
+        "condition": "b",
+        "arm": "paper",
+        "seed": 2,
+        "models": "m",
+        "measures": {"leak": 0.75},
+        "more": "facts",
+    }
+
+
+def test_a_broken_off_plan_goes_on(results):
+    asked = []
+
+    def breaking(*key):
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return toy(asked)(*key)
+
+    with pytest.raises(KeyboardInterrupt):
+        claims.run(CLAIM, CLAIM.confirm, "m", breaking)
+    assert claims.run(CLAIM, CLAIM.confirm, "m", toy(asked)) and len(asked) == len(set(asked)) == 12
+
+
+def test_over_the_budget_nothing_runs_unasked(results, capsys):
+    asked, plan = [], CLAIM.confirm._replace(seeds=tuple(range(11)))
+    assert not claims.run(CLAIM, plan, "m", toy(asked)) and not asked
+    assert "66 runs to do, 0 on record; about 66 minutes" in (said := capsys.readouterr().out)
+    assert "over the budget of 60 minutes" in said
+    assert claims.run(CLAIM, plan, "m", toy(asked), over_budget=True) and len(asked) == 66
+
+
+def test_the_estimate_learns_from_the_records(results):
+    assert claims.estimate(CLAIM, 3) == 180
+    for seed, seconds in ((1, 10), (2, 20), (3, 1000)):
+        file = claims.file_of(CLAIM, "a", "plain", seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"seconds": seconds}))
+    assert claims.estimate(CLAIM, 3) == 60
+
+
+def test_records_of_other_models_are_named_and_kept(results, capsys):
+    asked = []
+    claims.run(CLAIM, CLAIM.confirm, "old", toy(asked))
+    assert not claims.run(CLAIM, CLAIM.confirm, "new", toy(asked))
+    assert "12 records were made with other models" in capsys.readouterr().out and len(asked) == 12
+
+
+def test_differences_are_paired_by_seed(results, pack):
+    claims.run(CLAIM, CLAIM.confirm, "m", toy([]))
+    (results / "a" / "paper-2.json").unlink()
+    assert claims.table(CLAIM, ("b",)).splitlines() == [
+        "| | runs | leak |",
+        "|---|---|---|",
+        "| base | 2 | 0.38 |",
+        "| plain | 2 | 0.38 |",
+        "| paper | 2 | 0.62 |",
+        "| paper - plain | 2 | +0.25 (+0.25 to +0.25) |",
     ]
+    found = claims.records(CLAIM, ("a",))
+    assert claims.differences(found, "paper", "plain", "leak") == [0.25]
+    assert "paper - plain" not in claims.table(CLAIM, ("a",)), "one pair is no interval"
+
+
+def test_conditions_together_are_paired_by_condition_and_seed(results, pack):
+    claims.run(CLAIM, CLAIM.confirm, "m", toy([]))
+    (results / "a" / "paper-2.json").unlink()
+    lines = claims.table(CLAIM, ("a", "b")).splitlines()
+    assert lines[2] == "| base | 4 | 0.38 |" and lines[-1] == "| paper - plain | 3 | +0.25 (+0.25 to +0.25) |"
+
+
+def test_the_plot_has_a_dot_for_each_run(results):
+    claims.run(CLAIM, CLAIM.confirm, "m", toy([]))
+    assert claims.plot(CLAIM, "a").count("<circle") == 6
+    assert claims.plot(CLAIM, "a", seeds=(1,)).count("<circle") == 3
 
 
 def test_the_model_card_in_words_is_the_model_card(pack):

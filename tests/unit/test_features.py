@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 
@@ -151,6 +152,42 @@ def test_a_dino_folder(features, folder):
         expected = model(**processor([i for i in (images * 255).round().to(torch.uint8).numpy()], return_tensors="pt"))
         assert torch.allclose(ours.pictures(images), expected.last_hidden_state[:, 0], atol=1e-5)
     assert ours.texts is None
+
+
+def test_core_and_transformers_see_the_same_with_the_same_dino(features, folder):
+    """The same weights through Load CLIP Vision's class and as a folder."""
+    import comfy.clip_vision
+
+    facts = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    model = randomised(transformers.Dinov2Model(transformers.Dinov2Config(**facts, layer_norm_eps=1e-6)))
+    more = {"layer_norm_eps": 1e-6, "use_swiglu_ffn": False, "model_type": "dinov2"}
+    vision = comfy.clip_vision.ClipVisionModel({**facts, **more})
+    model.save_pretrained(folder)  # under the names that files have
+    missing, unexpected = vision.load_sd(load_file(folder / "model.safetensors"))
+    assert not missing and not unexpected
+    images = photos(2, 28, 28)
+    pixels = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)(
+        list((images * 255).round().to(torch.uint8).numpy()), return_tensors="pt"
+    )
+    with torch.inference_mode():
+        expected = model(**pixels).last_hidden_state[:, 0]
+        made = features.of_clip_vision(vision).pictures(images)
+        assert (
+            made - expected
+        ).norm() <= 2e-3 * expected.norm()  # core resamples the places of patches even at their own size
+
+
+def test_a_vision_model_without_a_summary_gives_its_mean_patch(features):
+    import comfy.clip_vision
+
+    config = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "hidden_act": "gelu",
+              "num_channels": 3, "patch_size": 8, "image_size": 32, "model_type": "siglip_vision_model"}  # fmt: skip
+    vision = comfy.clip_vision.ClipVisionModel(config)
+    randomised(vision.model)
+    images = photos(2, 32, 32)
+    with torch.inference_mode():
+        expected = vision.encode_image(images)["last_hidden_state"].mean(1)
+        assert torch.allclose(features.of_clip_vision(vision).pictures(images), expected, atol=1e-6)
 
 
 def test_core_prepares_pictures_as_the_reference_does(pack, features):

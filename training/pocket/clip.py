@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .probes import retrieval
 from .world import ATTRIBUTES, Scenes
 
 WIDTH = 128
@@ -106,10 +107,5 @@ def accuracy(pair: Pair, images, scenes: Scenes, words, lengths) -> dict[str, fl
     for name, x, heads in (("text", t, pair.text_heads), ("vision", v, pair.vision_heads)):
         for k, head in heads.items():
             out[f"{name} {k}"] = (head(x).argmax(1) == getattr(scenes, k)).float().mean().item()
-    v, t = F.normalize(v, dim=1), F.normalize(t, dim=1)
-    hits = [
-        (v[i : i + 100] @ t[i : i + 100].T).argmax(1) == torch.arange(len(v[i : i + 100]))
-        for i in range(0, len(v), 100)
-    ]
-    out["retrieval of 100"] = torch.cat(hits).float().mean().item()
+    out["retrieval of 100"] = retrieval(v, t)
     return out
