@@ -11,6 +11,7 @@ from . import (
     embedding,
     features,
     generate,
+    guidance,
     inspect_dataset,
     metrics,
     pocket,
@@ -30,6 +31,7 @@ FAMILIES = (
     features,
     metrics,
     similarity,
+    guidance,
 )
 
 

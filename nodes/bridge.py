@@ -141,13 +141,16 @@ def spell(caption: str, name: str) -> str:
 
 
 def encoder_tokenizers(clip) -> dict[str, object]:
-    """ComfyUI's tokenizers of a CLIP by the embedding key of their encoder ("clip_l", "clip_g", "t5xxl"...)."""
+    """ComfyUI's tokenizers of a CLIP by the embedding key of their encoder ("clip_l", "clip_g", "t5xxl"...).
+
+    SD3's tokenizer splits words for three encoders even where only two were loaded; the third is left out.
+    """
     parts = [
         t for t in vars(clip.tokenizer).values() if hasattr(t, "embedding_key") and hasattr(t, "_try_get_embedding")
     ]
     if not parts:
         raise ValueError(f"This CLIP ({type(clip.tokenizer).__name__}) has no encoder that takes learned words.")
-    return {t.embedding_key: t for t in parts}
+    return {t.embedding_key: t for t in parts if encoder_module(clip, t.embedding_key) is not None}
 
 
 def with_embeddings(clip, table: dict[str, Vectors]):
@@ -194,7 +197,7 @@ def starting_vectors(clip, phrase: str, count: int) -> Vectors:
 
 
 def encoder_module(clip, key: str):
-    """The encoder of a CLIP that belongs to an embedding key."""
+    """The encoder of a CLIP that belongs to an embedding key; None where it was not loaded."""
     for name in (key, key.removeprefix("clip_"), getattr(clip.cond_stage_model, "clip", "")):
         if hasattr(clip.cond_stage_model, name):
             return getattr(clip.cond_stage_model, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 
 import comfy.clip_vision
@@ -13,6 +14,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
+from safetensors import SafetensorError
 
 from ..training import inception
 from ..training.features import Extractor
@@ -24,7 +26,8 @@ CATEGORY = "Counterpoint/metrics"
 FeaturesType = io.Custom("FEATURES")
 FOLDER = "features"  # of ComfyUI's models folder
 SUFFIXES = {".safetensors", ".pth", ".pt"}
-POCKET, CONNECTED = "Pocket", "the CLIP_VISION that is connected"
+TEXTS = 64  # read at a time
+POCKET, OBJECTS, CONNECTED = "Pocket", "Pocket's objects", "the CLIP_VISION that is connected"
 
 
 def folders() -> list[Path]:
@@ -32,7 +35,7 @@ def folders() -> list[Path]:
 
 
 def choices() -> list[str]:
-    """Pocket, whatever is connected, weights files, and folders as transformers saves them."""
+    """Pocket twice, whatever is connected, weights files, and folders as transformers saves them."""
     found = [
         item.name
         for folder in folders()
@@ -40,7 +43,7 @@ def choices() -> list[str]:
         for item in folder.iterdir()
         if item.suffix in SUFFIXES or (item / "config.json").is_file()
     ]
-    return [POCKET, CONNECTED, *sorted(set(found))]
+    return [POCKET, OBJECTS, CONNECTED, *sorted(set(found))]
 
 
 class LoadFeatures(io.ComfyNode):
@@ -59,12 +62,12 @@ class LoadFeatures(io.ComfyNode):
                     options=choices(),
                     default=POCKET,
                     tooltip=f"{POCKET}: its own vision tower, 128 numbers each, for 128 x 128 pictures of its world. "
-                    f"{CONNECTED}: CLIP, SigLIP or DINO from Load CLIP Vision. The rest lies in models/features; press R after adding a file.",
+                    f"{OBJECTS}: 64 numbers for which object it is, to the lie of its pattern. {CONNECTED}: CLIP, SigLIP or DINO from Load CLIP Vision. The rest lies in models/features; press R after adding a file.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="Only for the 2nd choice: from core's Load CLIP Vision, or from Load Pocket Models.",
+                    tooltip="Only for the 3rd choice: from core's Load CLIP Vision, or from Load Pocket Models.",
                 ),
             ],
             outputs=[FeaturesType.Output(display_name="features", tooltip="To Compare Sets and its kin.")],
@@ -79,6 +82,8 @@ class LoadFeatures(io.ComfyNode):
     def execute(cls, extractor, clip_vision=None) -> io.NodeOutput:
         if extractor == POCKET:
             return io.NodeOutput(pocket())
+        if extractor == OBJECTS:
+            return io.NodeOutput(pocket_objects())
         if extractor == CONNECTED:
             if clip_vision is None:
                 raise ValueError(
@@ -95,7 +100,7 @@ class LoadFeatures(io.ComfyNode):
 
 def find(name: str) -> Path | None:
     """The file or folder of models/features with this name; names with a path are never looked up."""
-    if name in ("", POCKET, CONNECTED) or Path(name).name != name:
+    if name in ("", POCKET, OBJECTS, CONNECTED) or Path(name).name != name:
         return None
     return next((folder / name for folder in folders() if (folder / name).exists()), None)
 
@@ -117,6 +122,18 @@ def pocket() -> Extractor:
     return Extractor(POCKET, fingerprint(vision), see, read)
 
 
+def pocket_objects() -> Extractor:
+    """The instance probe, which looks at whole pictures of Pocket's world."""
+    probe, _ = pocket_models.load_instance_probe()
+    patcher = managed(probe)
+
+    def see(images: torch.Tensor) -> torch.Tensor:
+        comfy.model_management.load_model_gpu(patcher)
+        return probe(pocket_size(images).to(patcher.load_device))
+
+    return Extractor(OBJECTS, fingerprint(patcher), see)
+
+
 def of_clip_vision(vision, name: str = "CLIP vision") -> Extractor:
     """Core's own preprocessing; the projected embedding of CLIP, the class token of DINO, the mean patch of SigLIP, whose
     pooling core does not load."""
@@ -130,7 +147,13 @@ def of_clip_vision(vision, name: str = "CLIP vision") -> Extractor:
 
 def of_weights(file: Path) -> Extractor:
     """CSD's or Inception's weights, told apart by what is in the file. Legacy files are read without unpickling code."""
-    state = comfy.utils.load_torch_file(str(file), safe_load=True)
+    try:
+        state = comfy.utils.load_torch_file(str(file), safe_load=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{file.name} in models/{FOLDER} cannot be read: it is broken, or holds more than tensors "
+            f"({(str(error) or type(error).__name__).splitlines()[0][:120]}). Fetch it again, or save its tensors as .safetensors."
+        ) from None
     for wrapper in ("model_state_dict", "state_dict"):
         state = state.get(wrapper, state)
     state = {k.removeprefix("module."): v for k, v in state.items()}
@@ -183,11 +206,12 @@ def of_folder(folder: Path) -> Extractor:
     import transformers
 
     safe = {"local_files_only": True, "trust_remote_code": False}
+    newer = int(transformers.__version__.split(".")[0]) >= 5
+    resize_as_the_reference = {"backend": "pil"} if newer else {"use_fast": False}
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **safe)
-        model = (
-            transformers.AutoModel.from_pretrained(folder, use_safetensors=True, **safe).eval().requires_grad_(False)
-        )
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, **resize_as_the_reference, **safe)
+        model = transformers.AutoModel.from_pretrained(folder, use_safetensors=True, **safe)
+        model = model.float().eval().requires_grad_(False)  # some are saved as bfloat16, and pixels are float32
         reads = hasattr(model, "get_text_features")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe) if reads else None
     except (OSError, ValueError, KeyError) as error:
@@ -213,8 +237,13 @@ def of_folder(folder: Path) -> Extractor:
 
     def read(texts: list[str]) -> torch.Tensor:
         comfy.model_management.load_model_gpu(patcher)
-        tokens = tokenizer(texts, return_tensors="pt", padding="max_length", truncation=True)
-        return pooled(model.get_text_features(**tokens.to(patcher.load_device))).cpu()
+        length = model.config.text_config.max_position_embeddings  # not every tokenizer knows it
+        parts = []
+        for start in range(0, len(texts), TEXTS):
+            some = texts[start : start + TEXTS]
+            tokens = tokenizer(some, return_tensors="pt", padding="max_length", truncation=True, max_length=length)
+            parts.append(pooled(model.get_text_features(**tokens.to(patcher.load_device))).cpu())
+        return torch.cat(parts)
 
     how = hashlib.sha256(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[:4]
     return Extractor(folder.name, fingerprint(patcher) + how, see, read if reads else None)

@@ -26,7 +26,8 @@ CONNECTED = "the pictures that are connected"
 log = logging.getLogger("counterpoint")
 
 
-def _set_inputs(name: str, what: str) -> list:
+def set_inputs(name: str, what: str) -> list:
+    """Pictures from a socket, or from a folder instead."""
     return [
         io.Image.Input(name, optional=True, tooltip=f"{what}: 1 or more pictures, a batch or a list."),
         io.Combo.Input(
@@ -35,13 +36,34 @@ def _set_inputs(name: str, what: str) -> list:
             default=CONNECTED,
             tooltip=f"{what} from a folder instead, read one picture at a time, so 50 000 are no trouble.",
         ),
-        io.String.Input(
-            f"{name}_labels",
-            force_input=True,
-            optional=True,
-            tooltip="1 class name for each picture; with labels on both sides every class is measured by itself, too.",
-        ),
     ]
+
+
+def labels_input(name: str) -> io.String.Input:
+    return io.String.Input(
+        f"{name}_labels",
+        force_input=True,
+        optional=True,
+        tooltip="1 class name for each picture; with labels on both sides every class is measured by itself, too.",
+    )
+
+
+def fault_of(*folders: list[str] | None) -> str:
+    """What is wrong with folders chosen on a node that takes lists; None is one that another node will give."""
+    for given in folders:
+        try:
+            if given and given[0] not in (None, CONNECTED):
+                files.check(given[0], roots())
+        except files.FolderError as error:
+            return str(error)
+    return ""
+
+
+def fingerprint_of(recursive: list[bool] | None, *folders: list[str] | None) -> list:
+    """Changes with what lies in the folders."""
+    chosen = [f[0] for f in folders if f and f[0] not in (None, CONNECTED)]
+    deep = not recursive or recursive[0] is not False
+    return [files.fingerprint(files.find(folder, deep, roots()).entries) for folder in chosen]
 
 
 class CompareSets(io.ComfyNode):
@@ -58,8 +80,10 @@ class CompareSets(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 FeaturesType.Input("features", tooltip="From Load Features: what the pictures are seen with; 1 for both sets."),
-                *_set_inputs("made", "The pictures to judge"),
-                *_set_inputs("reference", "The pictures to compare with"),
+                *set_inputs("made", "The pictures to judge"),
+                labels_input("made"),
+                *set_inputs("reference", "The pictures to compare with"),
+                labels_input("reference"),
                 io.Boolean.Input("recursive", default=False, tooltip="Of a folder, also take its sub-folders, at any depth (off: 0 levels)."),
                 io.Int.Input(
                     "neighbours",
@@ -83,20 +107,11 @@ class CompareSets(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, made_folder=None, reference_folder=None):
-        for given in (made_folder, reference_folder):
-            folder = given[0] if given else None
-            try:
-                if folder not in (None, CONNECTED):
-                    files.check(folder, roots())
-            except files.FolderError as error:
-                return str(error)
-        return True
+        return fault_of(made_folder, reference_folder) or True
 
     @classmethod
     def fingerprint_inputs(cls, made_folder=None, reference_folder=None, recursive=None, **_):
-        chosen = [f[0] for f in (made_folder, reference_folder) if f and f[0] not in (None, CONNECTED)]
-        deep = not recursive or recursive[0] is not False
-        return [files.fingerprint(files.find(folder, deep, roots()).entries) for folder in chosen]
+        return fingerprint_of(recursive, made_folder, reference_folder)
 
     @classmethod
     def execute(
@@ -105,12 +120,13 @@ class CompareSets(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         made_set = measure(features[0], "made", made, made_folder[0], recursive[0])
         real_set = measure(features[0], "reference", reference, reference_folder[0], recursive[0])
-        figures = comparison.compare(made_set, real_set, neighbours[0], seed[0])
+        how = comparison.How(neighbours[0], seed[0], comfy.model_management.throw_exception_if_processing_interrupted)
+        figures = comparison.compare(made_set, real_set, how)
         table = comparison.table(figures, len(made_set), len(real_set), features[0].name)
         facts = {"features": features[0].name, "made": len(made_set), "reference": len(real_set)}
         facts["figures"] = {f.metric: f._asdict() for f in figures}
         if made_labels and reference_labels:
-            classes = by_class(made_set, real_set, made_labels, reference_labels, neighbours[0], seed[0])
+            classes = by_class(made_set, real_set, made_labels, reference_labels, how)
             table += "\n\n" + comparison.class_table(classes)
             facts["classes"] = {name: {f.metric: f._asdict() for f in row} for name, row in classes.items()}
         heading = comparison.heading(len(made_set), len(real_set), features[0].name)
@@ -169,8 +185,8 @@ def _read(entries: list[files.Entry]) -> Iterator[torch.Tensor]:
 
 
 def by_class(
-    made: Features, real: Features, made_labels: list[str], real_labels: list[str], neighbours: int, seed: int
-):
+    made: Features, real: Features, made_labels: list[str], real_labels: list[str], how: comparison.How
+) -> dict[str, list[comparison.Figure]]:
     """{class: figures} for the classes of both sets. Raises ValueError where labels and pictures differ in number."""
     for name, labels, measured in (("made", made_labels, made), ("reference", real_labels, real)):
         if len(labels) != len(measured):
@@ -188,7 +204,7 @@ def by_class(
         return Features(features.values[rows], features.extractor, features.identity)
 
     return {
-        name: comparison.compare(of(made, made_labels, name), of(real, real_labels, name), neighbours, seed)
+        name: comparison.compare(of(made, made_labels, name), of(real, real_labels, name), how)
         for name in common
     }
 

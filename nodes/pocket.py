@@ -109,6 +109,16 @@ class PocketPictures(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="The same seed paints the same pictures, 0 and up.",
                 ),
+                io.Int.Input(
+                    "same_object",
+                    default=0,
+                    min=0,
+                    max=2**31,
+                    optional=True,  # graphs saved before it was there go on as they are
+                    control_after_generate=False,
+                    tooltip="0: every picture shows another object. 1 and up: all show one and the same, with one shape, colour and "
+                    "pattern, in different places, views and light; another number is another object.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", is_output_list=True, tooltip="One picture of 128 x 128 each."),
@@ -123,8 +133,13 @@ class PocketPictures(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, count, style, shape, colour, pattern, background, captions, seed) -> io.NodeOutput:
+    def execute(
+        cls, count, style, shape, colour, pattern, background, captions, seed, same_object=0
+    ) -> io.NodeOutput:
         fixed = _fixed(shape=shape, colour=colour, pattern=pattern, background=background)
+        if same_object:
+            one = sample_scenes(1, same_object)
+            fixed = {k: getattr(one, k).item() for k in ("shape", "colour", "pattern", "instance")} | fixed
         if style != ANY:
             fixed |= dict(zip(FACTORS, STYLES[style], strict=True))
         scenes = sample_scenes(count, seed, **fixed)

@@ -24,6 +24,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 
 from ..training import artefact
+from ..training.pocket.instance import InstanceProbe
 from ..training.pocket.judge import Judge
 from ..training.pocket.world import VERSION
 
@@ -211,3 +212,11 @@ def load_judge() -> Judge:
     judge = Judge()
     judge.load_state_dict(weights)
     return judge.eval().requires_grad_(False)
+
+
+def load_instance_probe() -> tuple[InstanceProbe, float]:
+    """The probe, and the cosine from which on two pictures show the same instance."""
+    weights, metadata = read_part("instance")
+    probe = InstanceProbe()
+    probe.load_state_dict(weights)
+    return probe.eval().requires_grad_(False), float(metadata["threshold"])

@@ -24,14 +24,14 @@ import torch.distributed
 
 from ..training import artefact, embedding
 from ..training.loop import train
-from ..training.pocket import clip, grammar, judge, painter, pictures, unet, vae, world
+from ..training.pocket import clip, grammar, instance, judge, painter, pictures, unet, vae, world
 from ..training.pocket.fit import Fit, in_shares, initialise, processes, rank
 from ..training.run import Run
 from ..training.sheet import save_sheet
 from . import pocket_card, pocket_models, train_embedding
 
 ROOT = Path(__file__).resolve().parents[1]
-VISION_STEPS = 6_000
+VISION_STEPS, INSTANCE_STEPS = 6_000, 3_000
 EXAMPLE, EXAMPLE_WORD = world.HELD_OUT[1], "pocket-ink-and-wash"
 log = logging.getLogger("counterpoint.pocket")
 
@@ -303,6 +303,25 @@ def train_judge(folder: Path) -> None:
             )
 
 
+def train_instance(folder: Path) -> None:
+    images, scenes = pictures.load(folder, "instances")
+    module = shipped_vae()
+    file = folder / "instance" / "rebuilt.safetensors"
+    rebuilt = kept(
+        file, lambda x: (vae.decode(module, vae.encode(module, x)) * 255 + 0.5).to(torch.uint8), images[:8000]
+    )
+    lesson = initialise(instance.Lesson(instance.InstanceProbe()), 6)
+    fit(folder, "instance", Fit(lesson, instance.instance_loss(lesson, images, rebuilt, scenes, 3), steps=INSTANCE_STEPS, lr=2e-3,
+                                warmup=50, decay=1.0, ema=0.99), {"groups": 3})  # fmt: skip
+    if rank() == 0:
+        probe = lesson.probe.eval()
+        known, _ = pictures.load(folder, "instances held out", 1)  # the card measures on the second shard
+        limit = instance.threshold(probe.see(known.float() / 255))
+        ship("instance", half(probe.state_dict()), threshold=round(limit, 4))
+        log.info("same object: %s", pocket_card.same_object(folder, module))
+    barrier()
+
+
 def kept(file: Path, compute, items: torch.Tensor) -> torch.Tensor:
     """compute(items) shared among the processes, from disk if it was done before."""
     if not file.exists():
@@ -392,6 +411,7 @@ STAGES = {
     "clip": train_clip,
     "vision": train_vision,
     "judge": train_judge,
+    "instance": train_instance,
     "unet": train_unet,
     "decoder": train_decoder,
     "word": learn_word,

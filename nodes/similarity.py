@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..training import similarity
+from ..training.features import Extractor
 from ..training.intervals import mean_interval
 from .features import CATEGORY, FeaturesType
 from .metrics import CONNECTED, measure
@@ -22,14 +23,18 @@ def score_outputs() -> list:
 
 
 def said(what: str, columns: dict[str, torch.Tensor]) -> io.NodeOutput:
-    """Scores are the first column; every column's mean is said with its 95 % interval."""
+    """Scores are the first column; every column's mean is said, with its 95 % interval where there are two or more."""
     parts, facts = [], {}
     for name, values in columns.items():
-        mean, low, high = mean_interval(values)
-        parts.append(f"{name} {mean:.4g} ({low:.4g} to {high:.4g})")
-        facts[name] = {"mean": mean, "low": low, "high": high, "values": [round(v, 6) for v in values.tolist()]}
+        facts[name] = {"mean": values.mean().item(), "values": [round(v, 6) for v in values.tolist()]}
+        parts.append(f"{name} {values.mean():.4g}")
+        if len(values) > 1:
+            _, low, high = mean_interval(values)
+            facts[name] |= {"low": low, "high": high}
+            parts[-1] += f" ({low:.4g} to {high:.4g})"
     scores = next(iter(columns.values()))
-    line = f"{what}: {', '.join(parts)}; {len(scores)} pictures"
+    count = "1 picture" if len(scores) == 1 else f"{len(scores)} pictures"
+    line = f"{what}: {', '.join(parts)}; {count}"
     return io.NodeOutput(scores.tolist(), line, json.dumps(facts), ui=ui.PreviewText(line))
 
 
@@ -137,23 +142,27 @@ class PromptFidelity(io.ComfyNode):
     @classmethod
     def execute(cls, features, images, captions, seed) -> io.NodeOutput:
         (extractor,), singles = features[:1], [picture for batch in images for picture in batch.split(1)]
-        if extractor.texts is None:
-            raise ValueError(
-                f"{extractor.name} sees and cannot read: choose Pocket in Load Features, or a CLIP folder."
-            )
-        captions = captions * len(singles) if len(captions) == 1 else captions
-        if len(captions) != len(singles):
-            raise ValueError(
-                f"There are {len(captions)} captions for {len(singles)} pictures: give 1 each, or 1 for all."
-            )
+        captions, texts = read_captions(extractor, captions, len(singles))
         seen = measure(extractor, "images", singles, CONNECTED, False).values
-        distinct = list(dict.fromkeys(captions))
-        read = dict(zip(distinct, extractor.texts(distinct).float().cpu(), strict=True))
-        texts = torch.stack([read[c] for c in captions])
         columns = {"CLIP score": similarity.clip_scores(seen, texts)}
-        if len(distinct) > 1:
+        if len(set(captions)) > 1:
             columns["R-precision"] = similarity.found(seen, texts, captions, seed[0])
         return said(f"Prompt fidelity, as {extractor.name} sees it", columns)
+
+
+def read_captions(extractor: Extractor, captions: list[str], count: int) -> tuple[list[str], torch.Tensor]:
+    """One caption for each of `count` pictures, and what the extractor reads in them (count, d), each text once.
+
+    Raises ValueError where it cannot read, or the numbers differ.
+    """
+    if extractor.texts is None:
+        raise ValueError(f"{extractor.name} sees and cannot read: choose Pocket in Load Features, or a CLIP folder.")
+    captions = captions * count if len(captions) == 1 else captions
+    if len(captions) != count:
+        raise ValueError(f"There are {len(captions)} captions for {count} pictures: give 1 each, or 1 for all.")
+    distinct = list(dict.fromkeys(captions))
+    read = dict(zip(distinct, extractor.texts(distinct).float().cpu(), strict=True))
+    return captions, torch.stack([read[c] for c in captions])
 
 
 NODES = [StyleSimilarity, IdentitySimilarity, PromptFidelity]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .distances import Overlap, cmmd, cubic, draw_subsets, frechet, kid, mmd2, overlap
+from .distances import Overlap, Tell, cmmd, cubic, draw_subsets, frechet, kid, mmd2, nothing, overlap
 from .features import Features, check_comparable
 from .intervals import wilson
 
@@ -18,7 +18,8 @@ PAIRS = 10**8  # pictures times pictures up to which KID's interval is computed
 
 
 class Figure(NamedTuple):
-    """One metric. `low` and `high` are its 95 % interval where there is one; `floor` is what the reference gets against itself."""
+    """One metric. `low` and `high` are its 95 % interval where there is one; `floor` is what the reference gets against
+    itself; `note` is a warning, `about` how it was measured."""
 
     metric: str
     value: float | None = None
@@ -26,34 +27,43 @@ class Figure(NamedTuple):
     high: float | None = None
     floor: float | None = None
     note: str = ""
+    about: str = ""
 
 
-def compare(made: Features, real: Features, neighbours: int = NEIGHBOURS, seed: int = 0) -> list[Figure]:
+class How(NamedTuple):
+    """`neighbours` of the balls, `seed` of the random subsets, `tell()` often, for 50 000 pictures take minutes."""
+
+    neighbours: int = NEIGHBOURS
+    seed: int = 0
+    tell: Tell = nothing
+
+
+def compare(made: Features, real: Features, how: How = How()) -> list[Figure]:  # noqa: B008 - immutable
     """Every metric of `made` against the reference `real`.
 
     The floor compares two random halves of the reference: a set as good as the reference itself would get about that.
     A metric that the sets are too small for has no value and says so. Raises ValueError for features of two extractors.
     """
     check_comparable(made, real)
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(how.seed))
     halves = [real.values[rows] for rows in order.tensor_split(2)]
     figures = []
     for names, measure in METRICS.items():
-        needs = neighbours + 1 if measure is _overlap else 4
+        needs = how.neighbours + 1 if measure is _overlap else 4
         fewest = min(len(made), len(real))
         if fewest < needs:
             note = f"needs {needs} pictures on each side, and there are {fewest}"
             figures += [Figure(name, note=note) for name in names]
             continue
-        found = measure(made.values, real.values, neighbours, seed)
+        found = measure(made.values, real.values, how)
         if len(real) >= 2 * needs:
-            floors = measure(*halves, neighbours, seed)
+            floors = measure(*halves, how)
             found = [f._replace(floor=floor.value) for f, floor in zip(found, floors, strict=True)]
         figures += found
     return figures
 
 
-def _fid(x: torch.Tensor, y: torch.Tensor, neighbours: int, seed: int) -> list[Figure]:
+def _fid(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
     value, width = frechet(x, y), x.shape[1]
     low = high = None
     if width <= JACKKNIFE_WIDTH and min(len(x), len(y)) >= 2 * JACKKNIFE:
@@ -64,27 +74,27 @@ def _fid(x: torch.Tensor, y: torch.Tensor, neighbours: int, seed: int) -> list[F
     return [Figure("FID", value, low, high, note=note)]
 
 
-def _kid(x: torch.Tensor, y: torch.Tensor, neighbours: int, seed: int) -> list[Figure]:
+def _kid(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
     fewest = min(len(x), len(y))
     size = min(SUBSET, fewest // 2)
-    values = kid(x, y, draw_subsets(len(x), len(y), size, SUBSETS, seed))
+    values = kid(x, y, draw_subsets(len(x), len(y), size, SUBSETS, how.seed))
     value, low, high = values.mean().item(), None, None
     if len(x) * len(y) <= PAIRS:
-        error = mmd2(x.double(), y.double(), cubic, True)[1]
+        error = mmd2(x.double(), y.double(), cubic, True, how.tell)[1]
         low, high = value - 1.96 * error, value + 1.96 * error
-    note = f"{SUBSETS} subsets of {size}, standard deviation {values.std():.3g}"
-    return [Figure("KID", value, low, high, note=note)]
+    about = f"{SUBSETS} subsets of {size}, standard deviation {values.std():.3g}"
+    return [Figure("KID", value, low, high, about=about)]
 
 
-def _cmmd(x: torch.Tensor, y: torch.Tensor, neighbours: int, seed: int) -> list[Figure]:
-    value, error = cmmd(x, y)
+def _cmmd(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
+    value, error = cmmd(x, y, how.tell)
     return [Figure("CMMD", value, value - 1.96 * error, value + 1.96 * error)]
 
 
-def _overlap(x: torch.Tensor, y: torch.Tensor, neighbours: int, seed: int) -> list[Figure]:
-    few = f"shaky below {10 * neighbours} pictures on each side" if min(len(x), len(y)) < 10 * neighbours else ""
+def _overlap(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
+    few = f"shaky below {10 * how.neighbours} pictures on each side" if min(len(x), len(y)) < 10 * how.neighbours else ""
     figures = []
-    for name, rows in overlap(x, y, neighbours)._asdict().items():
+    for name, rows in overlap(x, y, how.neighbours, how.tell)._asdict().items():
         value = rows.mean().item()
         error = 1.96 * (rows.std() / len(rows) ** 0.5).item()
         interval = (value - error, value + error) if name == "density" else wilson(int(rows.sum()), len(rows))
@@ -112,12 +122,12 @@ def rows(figures: list[Figure]) -> list[tuple[str, ...]]:
 
 
 def notes(figures: list[Figure]) -> list[str]:
-    """What to beware of; metrics with the same warning share a line."""
+    """What to beware of, and how it was measured; metrics of which the same is said share a line."""
     found: dict[str, list[str]] = {}
     for f in figures:
-        if f.note:
-            found.setdefault(f.note, []).append(f.metric)
-    return [f"{', '.join(metrics)}: {note}" for note, metrics in found.items()]
+        for text in filter(None, (f.note, f.about)):
+            found.setdefault(text, []).append(f.metric)
+    return [f"{', '.join(dict.fromkeys(metrics))}: {text}" for text, metrics in found.items()]
 
 
 def heading(made: int, real: int, extractor: str) -> str:
@@ -135,11 +145,18 @@ def _short(x: float | None) -> str:
 
 def class_table(classes: dict[str, list[Figure]]) -> str:
     """A line for each class and one for their mean, a column for each metric."""
-    metrics = [f.metric for f in next(iter(classes.values()))]
-    values = {name: [f.value for f in row] for name, row in classes.items()}
-    known = [[v for v in column if v is not None] for column in zip(*values.values(), strict=True)]
-    values["mean of classes"] = [sum(column) / len(column) if column else None for column in known]
-    return aligned([("", *metrics), *((name, *map(_short, row)) for name, row in values.items())])
+    columns = zip(*([f.value for f in row] for row in classes.values()), strict=True)
+    known = [[v for v in column if v is not None] for column in columns]
+    mean = [Figure("", sum(column) / len(column) if column else None) for column in known]
+    return table_of_sets({**classes, "mean of classes": mean})
+
+
+def table_of_sets(sets: dict[str, list[Figure]]) -> str:
+    """A line for each set, a column for each metric, and what to beware of."""
+    body = [(name, *(_short(f.value) for f in row)) for name, row in sets.items()]
+    warned = [f._replace(about="") for row in sets.values() for f in row]
+    metrics = [f.metric for f in next(iter(sets.values()))]
+    return "\n".join([aligned([("", *metrics), *body]), *notes(warned)])
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:

@@ -11,13 +11,18 @@ density, coverage      Naeem et al. 2020: the same, counted so that an outlier's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 BLOCK = 2048  # rows; a block of distances takes 32 MB
+Tell = Callable[[], None]
+
+
+def nothing() -> None:
+    pass
 
 
 @dataclass
@@ -68,28 +73,50 @@ def gaussian(x: torch.Tensor, y: torch.Tensor, width: float = 10.0) -> torch.Ten
     return (squared / (-2 * width**2)).exp()
 
 
-def row_sums(x: torch.Tensor, y: torch.Tensor, kernel: Callable) -> torch.Tensor:
-    """(n) sum of kernel(x_i, y_j) over all j."""
-    return torch.cat([sum(kernel(a, b).sum(1) for b in y.split(BLOCK)) for a in x.split(BLOCK)])
+def tiles(n: int, m: int, tell: Tell) -> Iterator[tuple[slice, slice]]:
+    """Blocks of an n x m table, row by row; `tell()` before each, to say that it goes on or to stop it by an exception."""
+    for i in range(0, n, BLOCK):
+        for j in range(0, m, BLOCK):
+            tell()
+            yield slice(i, i + BLOCK), slice(j, j + BLOCK)
 
 
-def own_kernel(x: torch.Tensor, kernel: Callable) -> torch.Tensor:
-    """(n) kernel(x_i, x_i)."""
-    return torch.cat([kernel(a, a).diagonal() for a in x.split(64)])
+def sums(x: torch.Tensor, y: torch.Tensor, kernel: Callable, tell: Tell) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n) kernel(x_i, y_j) summed over j, and (m) the same summed over i."""
+    rows, columns = torch.zeros(len(x), dtype=x.dtype), torch.zeros(len(y), dtype=x.dtype)
+    for here, there in tiles(len(x), len(y), tell):
+        tile = kernel(x[here], y[there])
+        rows[here] += tile.sum(1)
+        columns[there] += tile.sum(0)
+    return rows, columns
 
 
-def mmd2(x: torch.Tensor, y: torch.Tensor, kernel: Callable, unbiased: bool) -> tuple[float, float]:
+def own_sums(x: torch.Tensor, kernel: Callable, diagonal: bool, tell: Tell) -> torch.Tensor:
+    """(n) kernel(x_i, x_j) summed over j, of which there is only half a table; with or without j = i."""
+    rows = torch.zeros(len(x), dtype=x.dtype)
+    for here, there in tiles(len(x), len(x), tell):
+        if there.start < here.start:
+            continue
+        tile = kernel(x[here], x[there])
+        if here == there and not diagonal:
+            tile.fill_diagonal_(0)
+        rows[here] += tile.sum(1)
+        if here != there:
+            rows[there] += tile.sum(0)
+    return rows
+
+
+def mmd2(
+    x: torch.Tensor, y: torch.Tensor, kernel: Callable, unbiased: bool, tell: Tell = nothing
+) -> tuple[float, float]:
     """Squared maximum mean discrepancy (Gretton et al. 2012) and its standard error.
 
     Biased: equation 5. Unbiased: equation 3, without the diagonal; may be below 0. The error is that of the leading
     term of a U-statistic, 4 var(h) / n on each side; it vanishes where the two sets are alike and says nothing there.
     """
     n, m = len(x), len(y)
-    inside, across = [row_sums(z, z, kernel) for z in (x, y)], [row_sums(x, y, kernel), row_sums(y, x, kernel)]
-    if unbiased:
-        means = [(s - own_kernel(z, kernel)) / (len(z) - 1) for s, z in zip(inside, (x, y), strict=True)]
-    else:
-        means = [s / len(z) for s, z in zip(inside, (x, y), strict=True)]
+    means = [own_sums(z, kernel, not unbiased, tell) / (len(z) - unbiased) for z in (x, y)]
+    across = sums(x, y, kernel, tell)
     value = means[0].mean() + means[1].mean() - 2 * across[0].sum() / (n * m)
     pull = [means[0] - across[0] / m, means[1] - across[1] / n]
     error = (4 * sum(p.var() / len(p) for p in pull)).sqrt()
@@ -112,25 +139,22 @@ def draw_subsets(n: int, m: int, size: int, count: int, seed: int) -> list[tuple
     return [(rows(n), rows(m)) for _ in range(count)]
 
 
-def cmmd(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+def cmmd(x: torch.Tensor, y: torch.Tensor, tell: Tell = nothing) -> tuple[float, float]:
     """1000 times the biased squared MMD of unit-length features, Gaussian kernel of width 10; and its standard error."""
     x, y = (torch.nn.functional.normalize(z.double(), dim=1) for z in (x, y))
-    value, error = mmd2(x, y, gaussian, False)
+    value, error = mmd2(x, y, gaussian, False, tell)
     return 1000 * value, 1000 * error
 
 
-def radii(x: torch.Tensor, k: int) -> torch.Tensor:
+def radii(x: torch.Tensor, k: int, tell: Tell = nothing) -> torch.Tensor:
     """(n) distance of each row to its k-th nearest other row."""
-    return torch.cat([_nearest(block, x, k + 1)[:, -1] for block in x.split(BLOCK)])
-
-
-def _nearest(rows: torch.Tensor, x: torch.Tensor, count: int) -> torch.Tensor:
-    """(len(rows), count) smallest distances to rows of x, in order; a row of x is nearest to itself."""
-    best = torch.empty(len(rows), 0, dtype=torch.float64)
-    for block in x.split(BLOCK):
-        both = torch.cat([best, torch.cdist(rows.double(), block.double())], 1)
-        best = both.topk(min(count, both.shape[1]), largest=False).values
-    return best
+    nearest: list[torch.Tensor] = []  # k + 1 smallest distances of the rows of each block so far; the first is to itself
+    for here, there in tiles(len(x), len(x), tell):
+        if there.start == 0:
+            nearest.append(torch.empty(len(x[here]), 0, dtype=torch.float64))
+        both = torch.cat([nearest[-1], torch.cdist(x[here].double(), x[there].double())], 1)
+        nearest[-1] = both.topk(min(k + 1, both.shape[1]), largest=False).values
+    return torch.cat(nearest)[:, -1]
 
 
 class Overlap(NamedTuple):
@@ -142,17 +166,15 @@ class Overlap(NamedTuple):
     coverage: torch.Tensor  # (real) 1 where its ball has a row of `made` in it
 
 
-def overlap(made: torch.Tensor, real: torch.Tensor, k: int) -> Overlap:
+def overlap(made: torch.Tensor, real: torch.Tensor, k: int, tell: Tell = nothing) -> Overlap:
     """A ball reaches from a row to its k-th nearest neighbour in its own set, the border included."""
-    made_radius, real_radius = radii(made, k), radii(real, k)
+    made_radius, real_radius = radii(made, k, tell), radii(real, k, tell)
     balls, covered, recalled = torch.zeros(len(made)), torch.zeros(len(real)), torch.zeros(len(real))
-    for i in range(0, len(real), BLOCK):
-        for j in range(0, len(made), BLOCK):
-            here, there = slice(i, i + BLOCK), slice(j, j + BLOCK)
-            distance = torch.cdist(real[here].double(), made[there].double())
-            in_real = distance <= real_radius[here, None]
-            balls[there] += in_real.sum(0)
-            covered[here] += in_real.sum(1)
-            recalled[here] += (distance <= made_radius[there]).sum(1)
+    for here, there in tiles(len(real), len(made), tell):
+        distance = torch.cdist(real[here].double(), made[there].double())
+        in_real = distance <= real_radius[here, None]
+        balls[there] += in_real.sum(0)
+        covered[here] += in_real.sum(1)
+        recalled[here] += (distance <= made_radius[there]).sum(1)
     share = [(counts > 0).double() for counts in (balls, recalled, covered)]
     return Overlap(share[0], share[1], balls.double() / k, share[2])

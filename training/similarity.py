@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 NEIGHBOURS = 10  # of CSLS
+BLOCK = 2048  # rows of a table of cosines at a time
 CANDIDATES = 100  # captions among which R-precision looks for the right one
 MARGIN = 0.1  # of the object's longer side, left around it in a crop
 GREY = 0.5
@@ -26,7 +27,8 @@ def csls(made: torch.Tensor, reference: torch.Tensor, others: torch.Tensor, k: i
     anchor = F.normalize(reference.mean(0, keepdim=True), dim=1)
 
     def crowd(x: torch.Tensor) -> torch.Tensor:
-        return (x @ others.T).topk(min(k, len(others)), dim=1).values.mean(1)
+        near = [(rows @ others.T).topk(min(k, len(others)), dim=1).values for rows in x.split(BLOCK)]
+        return torch.cat(near).mean(1)
 
     return 2 * (made @ anchor.T)[:, 0] - crowd(made) - crowd(anchor)
 
@@ -42,16 +44,17 @@ def clip_scores(pictures: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
 
 
 def found(pictures: torch.Tensor, texts: torch.Tensor, captions: list[str], seed: int = 0) -> torch.Tensor:
-    """(n) 1 where a picture's own caption is nearer than up to 99 other captions drawn at random: R-precision.
-
-    Captions equal to its own are never among the others (Xu et al. 2018, with 100 candidates).
-    """
-    similarity, generator = to_each(pictures, texts), torch.Generator().manual_seed(seed)
+    """(n) 1 where a picture's own caption is nearer than up to 99 others, drawn among the distinct ones: R-precision
+    (Xu et al. 2018, with 100 candidates)."""
+    pictures, texts = (F.normalize(x.double(), dim=1) for x in (pictures, texts))
+    first = {caption: i for i, caption in reversed(list(enumerate(captions)))}
+    distinct, generator = torch.tensor(list(first.values())), torch.Generator().manual_seed(seed)
     hits = []
-    for i, caption in enumerate(captions):
-        wrong = torch.tensor([j for j, other in enumerate(captions) if other != caption], dtype=torch.long)
-        drawn = wrong[torch.randperm(len(wrong), generator=generator)[: CANDIDATES - 1]]
-        hits.append(bool((similarity[i, drawn] < similarity[i, i]).all()))
+    for picture, caption in zip(pictures, captions, strict=True):
+        others = distinct[distinct != first[caption]]
+        drawn = others[torch.randperm(len(others), generator=generator)[: CANDIDATES - 1]]
+        own = picture @ texts[first[caption]]
+        hits.append(bool((texts[drawn] @ picture < own).all()))
     return torch.tensor(hits, dtype=torch.float64)
 
 
@@ -67,11 +70,11 @@ def cut_out(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     if not len(rows):
         raise ValueError("A mask is empty: it has to be white (above 0.5) where the object is.")
     top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
-    keep = mask[0, top:bottom, left:right, None]
+    keep = mask[0, top:bottom, left:right, None].to(image)
     crop = image[0, top:bottom, left:right, :3] * keep + GREY * (1 - keep)
     height, width = crop.shape[:2]
     side = round(max(height, width) * (1 + 2 * MARGIN))
-    square = torch.full((1, side, side, 3), GREY, dtype=image.dtype)
+    square = image.new_full((1, side, side, 3), GREY)
     y, x = (side - height) // 2, (side - width) // 2
     square[0, y : y + height, x : x + width] = crop
     return square

@@ -167,3 +167,21 @@ def test_weights_of_another_world_are_refused_by_name(pack, monkeypatch, tmp_pat
         models.load_judge()
     with pytest.raises(FileNotFoundError, match="pocket-vae.safetensors is missing"):
         models.load_vae()
+
+
+def test_one_object_in_many_places(graph, pack):
+    """The same object in every picture, another with another number, and many without a number."""
+    places = [v for ways in pack.training.pocket.grammar.SYNONYMS["background"].values() for v in ways]
+
+    def objects(same_object: int) -> set[str]:
+        run = graph({"1": pictures(12, same_object=same_object), "2": node("PreviewImage", images=["1", 0])})
+        assert len({c for c in run.outputs["1"][1]}) > 3  # in many places
+        return {c.replace(p, "").strip() for c in run.outputs["1"][1] for p in places if c.endswith(p)}
+
+    assert len(objects(3)) == len(objects(4)) == 1
+    assert objects(3) != objects(4) and len(objects(0)) > 6
+
+
+def test_what_is_asked_for_by_name_wins_over_the_object(graph):
+    run = graph({"1": pictures(3, shape="ring", same_object=5), "2": node("PreviewImage", images=["1", 0])})
+    assert all("ring" in caption for caption in run.outputs["1"][1])

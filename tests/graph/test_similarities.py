@@ -61,6 +61,27 @@ def test_identity_looks_at_the_object_and_not_around_it(graph):
     assert facts(run, "6")["nearest"]["mean"] > 0.95
 
 
+def test_pockets_objects_are_told_apart_by_their_pattern(graph):
+    """Three times the same shape, colour and pattern: one object, itself elsewhere, and another one."""
+    look = {"shape": "cube", "colour": "red", "pattern": "striped", "style": "photo"}
+    run = graph({
+        "1": node("CounterpointLoadFeatures", extractor="Pocket's objects"),
+        "2": pictures(8, seed=1, same_object=4, **look),
+        "3": pictures(8, seed=2, same_object=4, **look),
+        "4": pictures(8, seed=3, same_object=9, **look),
+        **{k: node("CounterpointIdentitySimilarity", features=["1", 0], made=[made, 0], reference=["2", 0])
+           for k, made in (("5", "3"), ("6", "4"))},
+    })  # fmt: skip
+    same, other = (facts(run, k)["mean cosine"] for k in "56")
+    assert same["low"] > other["high"]
+
+
+def test_one_picture_has_no_interval(graph):
+    two = {"1": node("CounterpointLoadFeatures"), "2": pictures(1), "3": pictures(4, seed=2)}
+    run = graph({**two, "5": node("CounterpointStyleSimilarity", features=["1", 0], made=["2", 0], reference=["3", 0])})
+    assert "low" not in facts(run, "5")["cosine"] and run.value("5", 1).endswith("; 1 picture")
+
+
 def test_masks_of_another_set(graph):
     wrong = node(
         "CounterpointIdentitySimilarity", features=["1", 0], made=["2", 0], reference=["3", 0], made_masks=["5", 2]

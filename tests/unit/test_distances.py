@@ -1,6 +1,10 @@
 """Distances between sets against other people's implementations on the same features, and against formulas written out."""
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import scipy.linalg
@@ -192,3 +196,23 @@ def test_features_of_two_extractors_are_not_compared(pack, comparison):
         comparison.compare(x, y)
     with pytest.raises(ValueError, match="8 numbers each.* \\(6\\)"):
         comparison.compare(x, seen(pack, cloud(10, 6, 2)))
+
+
+def test_large_sets_never_make_a_whole_table():
+    """8000 x 8000 would take 512 MB."""
+    script = """if True:
+        import json, tempfile, torch
+        from pathlib import Path
+        from harness.boot import boot, load_pack, prepare
+        from harness.timing import peak
+        prepare(Path(tempfile.mkdtemp()))
+        boot()
+        features, comparison = load_pack().training.features, __import__("counterpoint.training.comparison").training.comparison
+        few, many = ([features.Features(torch.randn(n, 8) + i, "a", "a") for i in range(2)] for n in (3_000, 8_000))
+        comparison.compare(*few)  # the libraries of linear algebra take their own memory the first time
+        print(json.dumps(peak(lambda: comparison.compare(*many))))
+    """
+    tests = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", script], cwd=tests, check=True, stdout=subprocess.PIPE)
+    main, _ = json.loads(done.stdout.splitlines()[-1])
+    assert main < 350e6, main

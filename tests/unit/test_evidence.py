@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from evidence import learn_style
+from evidence import held_out, learn_style
 from harness import claim as claims
 from harness.boot import ROOT
 from harness.claim import Claim, Plan
@@ -42,8 +42,21 @@ def test_the_readmes_table_comes_from_the_results(pack):
     assert claims.table(learn_style.CLAIM, (learn_style.CONDITION,), learn_style.README, learn_style.SEEDS) in README
 
 
+def test_the_readmes_table_of_held_out_styles_comes_from_the_results(pack):
+    assert claims.table(held_out.CLAIM, held_out.STYLES, (), held_out.CLAIM.confirm.seeds) in README
+
+
+def test_held_out_styles_are_learned_to_the_bar(pack):
+    """The bar of the laboratory: each factor 70 %, all three 40 %, the shape kept, mean over the six."""
+    found = claims.records(held_out.CLAIM, held_out.STYLES, held_out.CLAIM.confirm.seeds)
+    assert all(len(runs) == 12 for runs in found.values())
+    mean = {arm: {k: sum(m[k] for m in runs.values()) / len(runs) for k in held_out.CLAIM.measures} for arm, runs in found.items()}
+    assert min(mean["learned"][k] for k in ("stroke", "paper", "line")) >= 0.7 and mean["learned"]["all three"] >= 0.4
+    assert mean["learned"]["shape"] > mean["described"]["shape"] - 0.05
+
+
 def test_the_results_are_of_the_models_that_ship():
-    found = [r for i in range(6) for r in claims.read(learn_style.CLAIM, f"style-{i}")]
+    found = [r for i in range(6) for claim in (learn_style, held_out) for r in claims.read(claim.CLAIM, f"style-{i}")]
     assert found and {r["models"] for r in found} == {claims.models_hash()}
 
 

@@ -68,6 +68,19 @@ def test_r_precision_never_takes_an_equal_caption_for_a_wrong_one(similarity):
     assert similarity.found(texts.clone(), texts, ["a", "a", "b"]).tolist() == [1, 1, 1]
 
 
+def test_r_precision_is_the_whole_table_where_there_are_few(similarity):
+    """Up to 100 captions all others are drawn: the table written out."""
+    captions = [str(i % 50) for i in range(60)]
+    texts = features(50, 8, 2)[[i % 50 for i in range(60)]]
+    pictures = texts + features(60, 8, 1)
+    expected = []
+    for i in range(60):
+        own = cosine(pictures[i].tolist(), texts[i].tolist())
+        others = [cosine(pictures[i].tolist(), texts[j].tolist()) for j in range(60) if captions[j] != captions[i]]
+        expected.append(float(own > max(others)))
+    assert similarity.found(pictures, texts, captions).tolist() == expected and 10 < sum(expected) < 50
+
+
 def test_r_precision_of_chance_is_one_in_a_hundred(similarity):
     pictures, texts = features(1500, 32, 1), features(1500, 32, 2)
     share = similarity.found(pictures, texts, [str(i) for i in range(1500)]).mean().item()

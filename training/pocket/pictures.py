@@ -9,17 +9,24 @@ import torch
 
 from .. import artefact
 from .grammar import captions
+from .instance import GROUP, sample_groups
 from .painter import paint
 from .world import ATTRIBUTES, FACTORS, VERSION, Scenes, sample_scenes
 
 SHARD = 1000
-SPLITS = {"train": 20, "held out": 1, "judge": 8, "judge held out": 1}  # shards
-_SEED = {"train": 10_000, "held out": 20_000, "judge": 30_000, "judge held out": 40_000}
+SPLITS = {"train": 20, "held out": 1, "judge": 8, "judge held out": 1, "instances": 36, "instances held out": 2}  # shards
+_SEED = {
+    "train": 10_000, "held out": 20_000, "judge": 30_000, "judge held out": 40_000,
+    "instances": 50_000, "instances held out": 60_000,
+}  # fmt: skip
 
 
 def scenes_of(split: str, shard: int) -> Scenes:
-    """The judge must know all 72 combinations, held-out ones included, each equally often; the others follow the world."""
+    """The judge must know all 72 combinations, held-out ones included, each equally often; instances come in groups that
+    look alike; the others follow the world."""
     seed = _SEED[split] + shard
+    if split.startswith("instances"):
+        return sample_groups(SHARD // GROUP, seed)
     if not split.startswith("judge"):
         return sample_scenes(SHARD, seed)
     generator = torch.Generator().manual_seed(

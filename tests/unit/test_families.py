@@ -1,0 +1,119 @@
+"""Every family of models through one code path: errors, gradients, and words that mean the same from a file."""
+
+import pytest
+import torch
+
+from harness.small_nets import conditioning, denoiser, numbers, snapshot, unchanged
+
+NAMES = ("SD1.5", "SD2", "SDXL", "SDXL, v", "SD3.5", "FLUX.1")
+
+
+@pytest.fixture(params=NAMES)
+def family(request, small_models):
+    import importlib
+
+    return importlib.import_module(f"{small_models.__name__}.families").FAMILIES[request.param]
+
+
+@pytest.fixture
+def shared(family):
+    """MODEL and CLIP as the executor's loaders make them: under inference mode."""
+    with torch.inference_mode():
+        return family.model(), family.clip()
+
+
+@pytest.fixture
+def trainee(bridge, family, shared):
+    """Denoiser, text encoder and starting vectors, under training mode."""
+    model, clip = shared
+    with bridge.training_mode():
+        own = bridge.private_clip(clip)
+        yield denoiser(bridge, model), bridge.ComfyTextEncoder(own), bridge.starting_vectors(own, "red dog", 2)
+
+
+def batch(family, model, n: int = 2):
+    sigma = model.sigmas(n, torch.Generator().manual_seed(3))
+    return numbers(n, family.channels, 8, 8), numbers(n, family.channels, 8, 8, seed=2), sigma
+
+
+def test_the_error_is_what_the_network_says_less_its_target(family, trainee):
+    """The network is overheard; the target is written out from the definitions."""
+    model, encoder, start = trainee
+    x0, noise, sigma = batch(family, model)
+    heard = []
+    network = model.base.diffusion_model
+    network.register_forward_hook(lambda _, given, out: heard.append((given[0].clone(), out.clone())))
+    with torch.no_grad():
+        got = model.error(x0, noise, sigma, encoder.encode(["a {token}"] * 2, [start] * 2))
+    ((seen, said),) = heard
+    s = sigma.view(-1, 1, 1, 1)
+    if family.says == "FLOW":
+        shown, target = (1 - s) * x0 + s * noise, noise - x0
+    else:
+        a, b = 1 / (1 + s * s).sqrt(), s / (1 + s * s).sqrt()
+        shown, target = a * x0 + b * noise, noise if family.says == "EPS" else a * noise - b * x0
+    assert torch.allclose(seen, shown, atol=1e-4)
+    assert (got - (said - target)).abs().max() <= 2e-4 * target.abs().max()
+
+
+def test_the_gradient_is_the_slope(family, trainee):
+    """Central differences along the gradient of each encoder's vectors, and along a random direction of all."""
+    model, encoder, start = trainee
+    x0, noise, sigma = batch(family, model)
+    vectors = {k: v.clone().requires_grad_() for k, v in start.items()}
+
+    def loss(v):
+        cond = encoder.encode(["a {token} cat"] * 2, [v] * 2)
+        return model.error(x0, noise, sigma, cond).double().square().mean()
+
+    gradient = dict(zip(vectors, torch.autograd.grad(loss(vectors), list(vectors.values())), strict=True))
+    assert set(gradient) == set(family.keys) and all(g.norm() > 0 for g in gradient.values())
+    every = {k: numbers(*v.shape, seed=5) for k, v in start.items()}
+    for direction in (*({k: g} for k, g in gradient.items()), every):
+        size = sum(d.square().sum() for d in direction.values()).sqrt()
+        step = {k: 2e-3 * d / size for k, d in direction.items()}
+        with torch.no_grad():
+            ends = [loss({k: v + sign * step.get(k, 0) for k, v in start.items()}) for sign in (1, -1)]
+        slope = (ends[0] - ends[1]) / 4e-3
+        along = sum((gradient[k].double() * d / size).sum() for k, d in direction.items())
+        assert slope.item() == pytest.approx(along.item(), rel=2e-2, abs=5e-3 * along.abs().item() + 1e-4)
+
+
+def test_nothing_but_the_vectors_gets_a_gradient(family, trainee):
+    model, encoder, start = trainee
+    vectors = {k: v.clone().requires_grad_() for k, v in start.items()}
+    model.error(*batch(family, model), encoder.encode(["{token}"] * 2, [vectors] * 2)).square().mean().backward()
+    assert all(v.grad.abs().sum() > 0 for v in vectors.values())
+    for module in (model.base, encoder.clip.cond_stage_model):
+        assert not [name for name, p in module.named_parameters() if p.requires_grad or p.grad is not None]
+
+
+@pytest.mark.parametrize("method", ["plain", "paper", "reference point"])
+def test_a_word_is_learned_and_the_models_stay_as_they_were(bridge, pack, family, shared, trainee, method):
+    ti, (model, encoder, start) = pack.training.textual_inversion, trainee
+    before = [snapshot(shared[0].model), snapshot(shared[1].cond_stage_model)]
+    positives, negatives = (numbers(3, family.channels, 8, 8, seed=s) for s in (1, 4))
+    settings = ti.Settings(method=method, steps=4, batch=2)
+    trainer = ti.TextualInversion(model, encoder, positives, [["a {token}"]] * 3, start, settings, negatives)
+    assert all(trainer.step(i)["loss"] > 0 for i in range(4))
+    for key in family.keys:
+        assert not trainer.vectors[key].equal(start[key]) and trainer.vectors[key].isfinite().all()
+    assert unchanged(before[0], shared[0].model) and unchanged(before[1], shared[1].cond_stage_model)
+
+
+def test_a_word_means_the_same_from_a_file(bridge, pack, shared, tmp_path):
+    """The saved file through core's `embedding:` syntax, against the conditioning of training."""
+    embedding, (_, clip) = pack.training.embedding, shared
+    caption = "a cat in the style of {token}"
+    with bridge.training_mode(), torch.no_grad():
+        own = bridge.private_clip(clip)
+        start, encoder = bridge.starting_vectors(own, "red dog", 2), bridge.ComfyTextEncoder(own)
+        vectors = {k: v + numbers(*v.shape, seed=9) * 0.1 for k, v in start.items()}
+        trained, before = encoder.encode([caption], [vectors]), encoder.encode([caption], [start])
+    (tmp_path / "my-word.safetensors").write_bytes(embedding.to_bytes(embedding.Embedding(vectors, "my-word")))
+    for tokenizer in bridge.encoder_tokenizers(clip).values():
+        tokenizer.embedding_directory = [str(tmp_path)]
+    with torch.inference_mode():
+        states, pooled = conditioning(clip, bridge.spell(caption, "my-word"))
+    assert (states - trained.states).abs().max() <= 1e-5 and (pooled - trained.pooled).abs().max() <= 1e-5
+    assert (before.states - trained.states).abs().max() > 1e-3
