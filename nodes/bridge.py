@@ -258,8 +258,8 @@ def fingerprint(thing) -> str:
             {k: str(v) for k, v in (config or {}).items() if k not in ("dtype", "device")}, sort_keys=True
         ).encode()
     )
-    parameters = sorted(module.named_parameters(), key=lambda item: (item[1].numel(), item[0]))
-    for name, p in parameters[:: max(1, len(parameters) // 12)]:
+    statistics = [(name, b) for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    for name, p in [*module.named_parameters(), *statistics]:
         kept = patcher.backup.get(name)  # what the weight was before a patched clone was loaded into the shared network
         digest.update(name.encode() + _bytes(p if kept is None else kept.weight))
     for name in sorted(patcher.patches):
@@ -285,7 +285,9 @@ def fingerprint(thing) -> str:
 
 
 def _bytes(t: torch.Tensor) -> bytes:
-    return t.detach().flatten()[:64].float().cpu().clone().numpy().tobytes()
+    """16 numbers from everywhere in a tensor."""
+    flat = t.detach().flatten()
+    return flat[:: max(1, len(flat) // 16)][:16].float().cpu().clone().numpy().tobytes()
 
 
 def _tensors(patch) -> Iterator[torch.Tensor]:

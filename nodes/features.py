@@ -75,7 +75,9 @@ class LoadFeatures(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, extractor, **_):
-        file = find(extractor) if extractor else None  # None is a wire
+        if extractor is None:  # a wire
+            return float("nan")
+        file = find(extractor)
         return "" if file is None else [(f.name, f.stat().st_size, f.stat().st_mtime) for f in parts_of(file)]
 
     @classmethod

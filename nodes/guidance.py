@@ -77,21 +77,21 @@ class GuidanceCurve(io.ComfyNode):
             raise ValueError("Guidance Curve compares settings: connect the pictures of 2 or more.")
         real = measure(extractor, "reference", reference, reference_folder[0], recursive[0])
         how = comparison.How(seed=seed[0], tell=comfy.model_management.throw_exception_if_processing_interrupted)
-        lines, settings = labels[0].splitlines(), {}
-        for number, (name, images) in enumerate(sets.items()):
+        lines, settings = dict(enumerate(labels[0].splitlines())), {}
+        for name, images in sets.items():
             made = measure(extractor, name, images, CONNECTED, False)
-            label = lines[number].strip() if number < len(lines) and lines[number].strip() else f"row {number + 1}"
             said, texts = read_captions(extractor, captions, len(made))
             scores = similarity.clip_scores(made.values, texts)
-            found = similarity.found(made.values, texts, said, seed[0])
-            fidelity = [Figure(n, *mean_interval(v)) for n, v in zip(FIDELITY, (scores, found), strict=True)]
-            settings[label if label not in settings else f"{label} ({number + 1})"] = [
-                *fidelity, *comparison.compare(made, real, how)
+            figures = [
+                Figure(FIDELITY[0], *mean_interval(scores)),
+                *compare_captions(made.values, texts, said, seed[0]),
+            ]
+            label = lines.get(int(name.removeprefix("row")), "").strip() or name
+            settings[f"{label} ({name})" if label in settings else label] = [
+                *figures, *comparison.compare(made, real, how)
             ]  # fmt: skip
         table = comparison.table_of_sets(settings)
         points = [point(label, figures, distance[0]) for label, figures in settings.items()]
-        if None in points:
-            raise ValueError(f"{distance[0]} cannot be measured on so few pictures: {table.splitlines()[-1]}")
         side = "higher is better" if distance[0] in Overlap._fields else "lower is nearer"
         drawn = curve(points, "CLIP score (higher follows the prompt more)", f"{distance[0]} ({side})")
         plot = torch.from_numpy(numpy.asarray(drawn, dtype=numpy.float32) / 255)[None]
@@ -101,11 +101,20 @@ class GuidanceCurve(io.ComfyNode):
         return io.NodeOutput(table, plot, json.dumps(facts), ui=shown)
 
 
-def point(label: str, figures: list[Figure], distance: str) -> Point | None:
-    """None where the distance has no value."""
-    by_name = {f.metric: Value(f.value, f.low, f.high) for f in figures}
-    y = by_name[distance]
-    return None if y.value is None else Point(label, by_name[FIDELITY[0]], y)
+def compare_captions(pictures: torch.Tensor, texts: torch.Tensor, captions: list[str], seed: int) -> list[Figure]:
+    """R-precision, without a value where there are no other captions."""
+    if len(set(captions)) == 1:
+        return [Figure(FIDELITY[1], note="needs 2 different captions")]
+    return [Figure(FIDELITY[1], *mean_interval(similarity.found(pictures, texts, captions, seed), share=True))]
+
+
+def point(label: str, figures: list[Figure], distance: str) -> Point:
+    """Raises ValueError where the distance has no value."""
+    by_name = {f.metric: f for f in figures}
+    x, y = by_name[FIDELITY[0]], by_name[distance]
+    if y.value is None:
+        raise ValueError(f"{distance} cannot be drawn, because for {label!r} it {y.note}: choose another distance.")
+    return Point(label, *(Value(f.value, f.low, f.high) for f in (x, y)))
 
 
 NODES = [GuidanceCurve]

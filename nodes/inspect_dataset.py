@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+import comfy.model_management
 import numpy
 import torch
 from comfy_api.latest import io, ui
@@ -14,6 +15,7 @@ from .dataset import CATEGORY
 from .train_embedding import fit_size
 
 SHOWN = 128  # pixels of each picture on the sheet
+LEAST = 4  # pictures in a row; fewer would leave no room for words
 MOST = 200  # pictures on the sheet; more are inspected and not shown
 
 
@@ -53,7 +55,8 @@ class InspectDataset(io.ComfyNode):
                 raise ValueError(f"There are {len(given)} {what} for {len(singles)} pictures: give 1 each, or none.")
         called = names or [f"picture {i + 1}" for i in range(len(singles))]
         unwanted = [w.strip() for w in style_words[0].split(",") if w.strip()]
-        found = inspection.inspect(singles, captions or [], size[0], unwanted)
+        tell = comfy.model_management.throw_exception_if_processing_interrupted
+        found = inspection.inspect(singles, captions or [], size[0], unwanted, tell)
         table = inspection.table(singles, captions or [], called, size[0], found)
         picture = contact_sheet(singles, size[0], columns[0], found, table)
         return io.NodeOutput(
@@ -65,16 +68,26 @@ def contact_sheet(
     images: list[torch.Tensor], size: int, columns: int, found: list[inspection.Finding], table: str
 ) -> torch.Tensor:
     """(1, H, W, 3): the table's beginning, a row for each finding in some of the pictures, and the pictures without one."""
-    squares = torch.cat([fit_size(fit_size(image, size), SHOWN) for image in images]).movedim(-1, 1)
     some = [f for f in found if len(f.rows) < len(images)]
     suspects = {row for f in some for row in f.rows}
     rest = [i for i in range(len(images)) if i not in suspects]
     rows = [(f.what, f.rows) for f in some] + ([("without a fault of their own", rest)] if rest else [])
     headings = [line for line in table.splitlines() if not line.startswith("- ")]
-    lines = [part for line in headings for part in textwrap.wrap(line, 16 * columns)]
-    shown = [(f"{what}: {len(which)}", squares[which[:MOST]]) for what, which in rows]
+    squares = {}
+    for i in sorted({i for _, which in rows for i in which[:MOST]}):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        squares[i] = fit_size(fit_size(images[i], size), SHOWN).movedim(-1, 1)
+    wide = max(LEAST, min(columns, max(len(which) for _, which in rows)))
+    lines = [part for line in headings for part in textwrap.wrap(line, 16 * wide)]
+    shown = [(f"{what}: {len(which)}", _row([squares[i] for i in which[:MOST]])) for what, which in rows]
     picture = sheet([s for _, s in shown], [label for label, _ in shown], columns, "\n".join(lines))
     return torch.from_numpy(numpy.asarray(picture, dtype=numpy.float32) / 255)[None]
+
+
+def _row(squares: list[torch.Tensor]) -> torch.Tensor:
+    """A row of the sheet, with empty places up to the width that its words need."""
+    row = torch.cat(squares)
+    return torch.cat([row, row.new_ones(max(0, LEAST - len(row)), *row.shape[1:])])
 
 
 NODES = [InspectDataset]

@@ -34,7 +34,7 @@ def set_inputs(name: str, what: str) -> list:
             f"{name}_folder",
             options=[CONNECTED, *choices()],
             default=CONNECTED,
-            tooltip=f"{what} from a folder instead, read one picture at a time, so 50 000 are no trouble.",
+            tooltip=f"{what} from a folder instead, read one picture at a time, so 50 000 fit into memory; so many take minutes.",
         ),
     ]
 
@@ -59,8 +59,10 @@ def fault_of(*folders: list[str] | None) -> str:
     return ""
 
 
-def fingerprint_of(recursive: list[bool] | None, *folders: list[str] | None) -> list:
-    """Changes with what lies in the folders."""
+def fingerprint_of(recursive: list[bool] | None, *folders: list[str] | None) -> list | float:
+    """Changes with what lies in the folders; always, where another node gives the name of one."""
+    if any(f and f[0] is None for f in folders):
+        return float("nan")
     chosen = [f[0] for f in folders if f and f[0] not in (None, CONNECTED)]
     deep = not recursive or recursive[0] is not False
     return [files.fingerprint(files.find(folder, deep, roots()).entries) for folder in chosen]
@@ -95,7 +97,7 @@ class CompareSets(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=2**31, control_after_generate=False, advanced=True,
-                    tooltip="Draws KID's 100 subsets and the reference's two halves.",
+                    tooltip="Draws KID's 100 subsets, and the part of the reference that makes the floor.",
                 ),
             ],
             outputs=[
@@ -131,7 +133,7 @@ class CompareSets(io.ComfyNode):
             facts["classes"] = {name: {f.metric: f._asdict() for f in row} for name, row in classes.items()}
         heading = comparison.heading(len(made_set), len(real_set), features[0].name)
         picture = stacked(
-            written(heading, comparison.rows(figures), comparison.notes(figures)),
+            written(heading, comparison.rows(figures), comparison.remarks(figures, len(made_set), len(real_set))),
             scatter(real_set.values, made_set.values, (f"reference, {len(real_set)}", f"made, {len(made_set)}")),
         )
         plot = torch.from_numpy(numpy.asarray(picture, dtype=numpy.float32) / 255)[None]
@@ -203,10 +205,7 @@ def by_class(
         rows = [i for i, label in enumerate(labels) if label == name]
         return Features(features.values[rows], features.extractor, features.identity)
 
-    return {
-        name: comparison.compare(of(made, made_labels, name), of(real, real_labels, name), how)
-        for name in common
-    }
+    return {name: comparison.compare(of(made, made_labels, name), of(real, real_labels, name), how) for name in common}
 
 
 NODES = [CompareSets]

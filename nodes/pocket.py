@@ -133,9 +133,7 @@ class PocketPictures(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, count, style, shape, colour, pattern, background, captions, seed, same_object=0
-    ) -> io.NodeOutput:
+    def execute(cls, count, style, shape, colour, pattern, background, captions, seed, same_object=0) -> io.NodeOutput:
         fixed = _fixed(shape=shape, colour=colour, pattern=pattern, background=background)
         if same_object:
             one = sample_scenes(1, same_object)

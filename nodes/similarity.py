@@ -13,6 +13,8 @@ from ..training.intervals import mean_interval
 from .features import CATEGORY, FeaturesType
 from .metrics import CONNECTED, measure
 
+SHARE = "R-precision"
+
 
 def score_outputs() -> list:
     return [
@@ -29,7 +31,7 @@ def said(what: str, columns: dict[str, torch.Tensor]) -> io.NodeOutput:
         facts[name] = {"mean": values.mean().item(), "values": [round(v, 6) for v in values.tolist()]}
         parts.append(f"{name} {values.mean():.4g}")
         if len(values) > 1:
-            _, low, high = mean_interval(values)
+            _, low, high = mean_interval(values, share=name == SHARE)
             facts[name] |= {"low": low, "high": high}
             parts[-1] += f" ({low:.4g} to {high:.4g})"
     scores = next(iter(columns.values()))
@@ -146,7 +148,7 @@ class PromptFidelity(io.ComfyNode):
         seen = measure(extractor, "images", singles, CONNECTED, False).values
         columns = {"CLIP score": similarity.clip_scores(seen, texts)}
         if len(set(captions)) > 1:
-            columns["R-precision"] = similarity.found(seen, texts, captions, seed[0])
+            columns[SHARE] = similarity.found(seen, texts, captions, seed[0])
         return said(f"Prompt fidelity, as {extractor.name} sees it", columns)
 
 

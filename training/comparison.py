@@ -15,6 +15,7 @@ NEIGHBOURS = 5
 SUBSETS, SUBSET = 100, 1000  # KID's own
 JACKKNIFE, JACKKNIFE_WIDTH = 10, 512  # groups; beyond so many numbers it takes minutes
 PAIRS = 10**8  # pictures times pictures up to which KID's interval is computed
+BALLS = 10**7  # and up to which balls are counted ten times more for their interval
 
 
 class Figure(NamedTuple):
@@ -31,22 +32,25 @@ class Figure(NamedTuple):
 
 
 class How(NamedTuple):
-    """`neighbours` of the balls, `seed` of the random subsets, `tell()` often, for 50 000 pictures take minutes."""
+    """`neighbours` of the balls, `seed` of all that is drawn, `tell()` often (50 000 pictures take minutes), and whether
+    intervals are wanted: they cost more than the values."""
 
     neighbours: int = NEIGHBOURS
     seed: int = 0
     tell: Tell = nothing
+    intervals: bool = True
 
 
 def compare(made: Features, real: Features, how: How = How()) -> list[Figure]:  # noqa: B008 - immutable
     """Every metric of `made` against the reference `real`.
 
-    The floor compares two random halves of the reference: a set as good as the reference itself would get about that.
-    A metric that the sets are too small for has no value and says so. Raises ValueError for features of two extractors.
+    The floor compares a part of the reference as large as `made` with the rest of it (`floor_sizes`): a set as good as the
+    reference itself would get about that. A metric that the sets are too small for has no value and says so. Raises ValueError for features of two extractors.
     """
     check_comparable(made, real)
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(how.seed))
-    halves = [real.values[rows] for rows in order.tensor_split(2)]
+    sizes = floor_sizes(len(made), len(real))
+    parts = [real.values[rows] for rows in order.split(sizes)]
     figures = []
     for names, measure in METRICS.items():
         needs = how.neighbours + 1 if measure is _overlap else 4
@@ -56,18 +60,25 @@ def compare(made: Features, real: Features, how: How = How()) -> list[Figure]:  
             figures += [Figure(name, note=note) for name in names]
             continue
         found = measure(made.values, real.values, how)
-        if len(real) >= 2 * needs:
-            floors = measure(*halves, how)
+        if min(sizes) >= needs:
+            floors = measure(*parts, how._replace(intervals=False))
             found = [f._replace(floor=floor.value) for f, floor in zip(found, floors, strict=True)]
         figures += found
     return figures
 
 
+def floor_sizes(made: int, real: int) -> tuple[int, int]:
+    """How many pictures of the reference stand for `made` in the floor, and how many remain as the reference; every
+    metric depends on such numbers. At most one half, so that the remainder is a reference still."""
+    own = min(made, real // 2)
+    return own, real - own
+
+
 def _fid(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
-    value, width = frechet(x, y), x.shape[1]
+    value, width = frechet(x, y, how.tell), x.shape[1]
     low = high = None
-    if width <= JACKKNIFE_WIDTH and min(len(x), len(y)) >= 2 * JACKKNIFE:
-        error = jackknife(frechet, x, y)
+    if how.intervals and width <= JACKKNIFE_WIDTH and min(len(x), len(y)) >= 2 * JACKKNIFE:
+        error = jackknife(lambda a, b: frechet(a, b, how.tell), x, y, how.seed).item()
         low, high = value - 1.96 * error, value + 1.96 * error
     few = min(len(x), len(y)) <= 2 * width
     note = f"mostly noise below {2 * width + 1} pictures on each side: trust KID or CMMD instead" if few else ""
@@ -77,12 +88,13 @@ def _fid(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
 def _kid(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
     fewest = min(len(x), len(y))
     size = min(SUBSET, fewest // 2)
-    values = kid(x, y, draw_subsets(len(x), len(y), size, SUBSETS, how.seed))
+    values = kid(x, y, draw_subsets(len(x), len(y), size, SUBSETS, how.seed), how.tell)
     value, low, high = values.mean().item(), None, None
-    if len(x) * len(y) <= PAIRS:
+    if how.intervals and len(x) * len(y) <= PAIRS:
         error = mmd2(x.double(), y.double(), cubic, True, how.tell)[1]
         low, high = value - 1.96 * error, value + 1.96 * error
     about = f"{SUBSETS} subsets of {size}, standard deviation {values.std():.3g}"
+    about += "" if low is not None else "; no interval beyond 100 million pairs"
     return [Figure("KID", value, low, high, about=about)]
 
 
@@ -92,24 +104,42 @@ def _cmmd(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
 
 
 def _overlap(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
-    few = f"shaky below {10 * how.neighbours} pictures on each side" if min(len(x), len(y)) < 10 * how.neighbours else ""
+    few = (
+        f"shaky below {10 * how.neighbours} pictures on each side" if min(len(x), len(y)) < 10 * how.neighbours else ""
+    )
+    fixed = "" if len(x) * len(y) <= BALLS else "the interval is for these very reference pictures"
+    found = overlap(x, y, how.neighbours, how.tell)
+    values = torch.stack([rows.mean() for rows in found])
+    errors = torch.stack([rows.std() / len(rows) ** 0.5 for rows in found])
+    if how.intervals and not fixed and min(len(x), len(y)) >= 2 * JACKKNIFE:
+        errors = errors.maximum(jackknife(lambda a, b: _means(a, b, how), x, y, how.seed))
     figures = []
-    for name, rows in overlap(x, y, how.neighbours, how.tell)._asdict().items():
-        value = rows.mean().item()
-        error = 1.96 * (rows.std() / len(rows) ** 0.5).item()
-        interval = (value - error, value + error) if name == "density" else wilson(int(rows.sum()), len(rows))
-        figures.append(Figure(name, value, *interval, note=few))
+    for name, rows, value, error in zip(found._fields, found, values.tolist(), errors.tolist(), strict=True):
+        low, high = value - 1.96 * error, value + 1.96 * error
+        if name != "density":  # a share: never without an interval, and within 0..1
+            sure = wilson(int(rows.sum()), len(rows))
+            low, high = max(0.0, min(low, sure[0])), min(1.0, max(high, sure[1]))
+        figures.append(Figure(name, value, low, high, note=few, about=fixed))
     return figures
+
+
+def _means(x: torch.Tensor, y: torch.Tensor, how: How) -> torch.Tensor:
+    return torch.stack([rows.mean() for rows in overlap(x, y, how.neighbours, how.tell)])
 
 
 METRICS = {("FID",): _fid, ("KID",): _kid, ("CMMD",): _cmmd, Overlap._fields: _overlap}
 
 
-def jackknife(measure: Callable, x: torch.Tensor, y: torch.Tensor, groups: int = JACKKNIFE) -> float:
-    """Standard error of measure(x, y) by leaving out a tenth of each set at a time (Efron and Tibshirani 1993, 11.5)."""
-    parts = [torch.arange(len(z)) % groups for z in (x, y)]
-    values = torch.tensor([measure(x[parts[0] != g], y[parts[1] != g]) for g in range(groups)], dtype=torch.float64)
-    return ((groups - 1) * values.var(unbiased=False)).sqrt().item()
+def jackknife(measure: Callable, x: torch.Tensor, y: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Standard error of measure(x, y) by leaving out a tenth of each set at a time (Efron and Tibshirani 1993, 11.5).
+
+    The tenths are drawn: of pictures in turn by prompt or sorted by class, every tenth would be of one kind.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randperm(len(z), generator=generator) % JACKKNIFE for z in (x, y)]
+    values = [measure(x[parts[0] != g], y[parts[1] != g]) for g in range(JACKKNIFE)]
+    values = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])
+    return ((JACKKNIFE - 1) * values.var(0, unbiased=False)).sqrt()
 
 
 def rows(figures: list[Figure]) -> list[tuple[str, ...]]:
@@ -130,13 +160,21 @@ def notes(figures: list[Figure]) -> list[str]:
     return [f"{', '.join(dict.fromkeys(metrics))}: {text}" for text, metrics in found.items()]
 
 
+def remarks(figures: list[Figure], made: int, real: int) -> list[str]:
+    """The notes, and what the floor stands on."""
+    own, rest = floor_sizes(made, real)
+    floor = f"floor: {own} pictures of the reference against its other {rest}"
+    fewer = "; fewer than there are to judge, so it lies too high" if own < made else ""
+    return [*notes(figures), *([floor + fewer] if any(f.floor is not None for f in figures) else [])]
+
+
 def heading(made: int, real: int, extractor: str) -> str:
     return f"{made} pictures against {real}, as {extractor} sees them"
 
 
 def table(figures: list[Figure], made: int, real: int, extractor: str) -> str:
     """A table for people, in columns of text."""
-    return "\n".join([heading(made, real, extractor), aligned(rows(figures)), *notes(figures)])
+    return "\n".join([heading(made, real, extractor), aligned(rows(figures)), *remarks(figures, made, real)])
 
 
 def _short(x: float | None) -> str:

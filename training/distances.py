@@ -33,10 +33,14 @@ class Moments:
     covariance: torch.Tensor
 
 
-def moments(x: torch.Tensor) -> Moments:
+def moments(x: torch.Tensor, tell: Tell = nothing) -> Moments:
     mean = x.mean(0, dtype=torch.float64)
-    centred = (block.double() - mean for block in x.split(BLOCK))
-    return Moments(mean, sum(c.T @ c for c in centred) / (len(x) - 1))
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for block in x.split(BLOCK):
+        tell()
+        centred = block.double() - mean
+        total += centred.T @ centred
+    return Moments(mean, total / (len(x) - 1))
 
 
 def frechet_of_moments(a: Moments, b: Moments) -> float:
@@ -48,14 +52,14 @@ def frechet_of_moments(a: Moments, b: Moments) -> float:
     return (gap + a.covariance.trace() + b.covariance.trace() - 2 * both).item()
 
 
-def frechet(x: torch.Tensor, y: torch.Tensor) -> float:
+def frechet(x: torch.Tensor, y: torch.Tensor, tell: Tell = nothing) -> float:
     """Frechet distance of the Gaussians of two sets.
 
     Where there are fewer rows than numbers in a row it goes through the small n x m matrix X Y^T of the centred sets:
     the eigenvalues of A B are the squares of its singular values, over (n - 1)(m - 1).
     """
     if len(x) + len(y) > x.shape[1]:
-        return frechet_of_moments(moments(x), moments(y))
+        return frechet_of_moments(moments(x, tell), moments(y, tell))
     x, y = x.double(), y.double()
     gap = (x.mean(0) - y.mean(0)).square().sum()
     x, y = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
@@ -123,10 +127,12 @@ def mmd2(
     return value.item(), error.item()
 
 
-def kid(x: torch.Tensor, y: torch.Tensor, subsets: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def kid(
+    x: torch.Tensor, y: torch.Tensor, subsets: list[tuple[torch.Tensor, torch.Tensor]], tell: Tell = nothing
+) -> torch.Tensor:
     """(len(subsets)) values of the unbiased squared MMD with the cubic kernel, each on rows of x and rows of y."""
     x, y = x.double(), y.double()
-    return torch.tensor([mmd2(x[i], y[j], cubic, True)[0] for i, j in subsets], dtype=torch.float64)
+    return torch.tensor([mmd2(x[i], y[j], cubic, True, tell)[0] for i, j in subsets], dtype=torch.float64)
 
 
 def draw_subsets(n: int, m: int, size: int, count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -148,13 +154,15 @@ def cmmd(x: torch.Tensor, y: torch.Tensor, tell: Tell = nothing) -> tuple[float,
 
 def radii(x: torch.Tensor, k: int, tell: Tell = nothing) -> torch.Tensor:
     """(n) distance of each row to its k-th nearest other row."""
-    nearest: list[torch.Tensor] = []  # k + 1 smallest distances of the rows of each block so far; the first is to itself
+    nearest = torch.full((len(x), k + 1), torch.inf, dtype=torch.float64)  # so far; the first is a row's own
     for here, there in tiles(len(x), len(x), tell):
-        if there.start == 0:
-            nearest.append(torch.empty(len(x[here]), 0, dtype=torch.float64))
-        both = torch.cat([nearest[-1], torch.cdist(x[here].double(), x[there].double())], 1)
-        nearest[-1] = both.topk(min(k + 1, both.shape[1]), largest=False).values
-    return torch.cat(nearest)[:, -1]
+        if there.start < here.start:
+            continue
+        distance = torch.cdist(x[here].double(), x[there].double())
+        for rows, table in ((here, distance), (there, distance.T)) if here != there else ((here, distance),):
+            both = torch.cat([nearest[rows], table], 1)
+            nearest[rows] = both.topk(k + 1, largest=False).values
+    return nearest[:, -1]
 
 
 class Overlap(NamedTuple):

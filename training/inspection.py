@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,16 +29,27 @@ class Finding(NamedTuple):
     detail: dict[int, str] = {}  # more about single pictures
 
 
-def inspect(images: list[torch.Tensor], captions: list[str], size: int, style_words: list[str]) -> list[Finding]:
-    """Everything found in pictures (1, H, W, 3) in 0..1 and their captions (as many, or none), for squares of `size`."""
-    findings = [
-        too_small(images, size),
-        cropped(images),
-        near_duplicates(images),
-        borders(images),
-        marks(images),
-        *(caption_findings(captions, style_words) if captions else []),
+def inspect(
+    images: list[torch.Tensor],
+    captions: list[str],
+    size: int,
+    style_words: list[str],
+    tell: Callable[[], None] = lambda: None,
+) -> list[Finding]:
+    """Everything found in pictures (1, H, W, 3) in 0..1 and their captions (as many, or none), for squares of `size`;
+    `tell()` between the searches."""
+    searches = [
+        lambda: too_small(images, size),
+        lambda: cropped(images),
+        lambda: near_duplicates(images),
+        lambda: borders(images),
+        lambda: marks(images),
     ]
+    findings = []
+    for search in searches:
+        tell()
+        findings.append(search())
+    findings += caption_findings(captions, style_words) if captions else []
     return [f for f in findings if f.rows]
 
 
@@ -54,22 +66,23 @@ def cropped(images: list[torch.Tensor]) -> Finding:
 
 
 def thumbnails(images: list[torch.Tensor]) -> torch.Tensor:
-    """(n, 3 * 16 * 16) of mean 0 and length 1; 0 for a picture of one colour."""
-    small = [F.interpolate(x.movedim(-1, 1), (THUMBNAIL, THUMBNAIL), mode="area").flatten() for x in images]
-    x = torch.stack(small)
-    return F.normalize(x - x.mean(1, keepdim=True), dim=1)
+    """(n, 3 * 16 * 16) of mean 0 in each colour, so that a common tint is no likeness, and length 1; 0 for a picture of
+    one colour."""
+    x = torch.cat([F.interpolate(x.movedim(-1, 1), (THUMBNAIL, THUMBNAIL), mode="area") for x in images])
+    return F.normalize((x - x.mean((2, 3), keepdim=True)).flatten(1), dim=1)
 
 
 def near_duplicates(images: list[torch.Tensor]) -> Finding:
     """Later pictures that look like an earlier one, or like its mirror image; sizes may differ."""
     x, mirrored = thumbnails(images), thumbnails([i.flip(2) for i in images])
-    plain = [bool((i == i[:, :1, :1]).all()) for i in images]
-    detail = {}
+    plain = {i: tuple(x[0, 0, 0].tolist()) for i, x in enumerate(images) if bool((x == x[:, :1, :1]).all())}
+    first = {colour: i for i, colour in reversed(plain.items())}
+    detail = {i: f"like picture {first[colour] + 1}" for i, colour in plain.items() if first[colour] < i}
     for i in range(1, len(images)):
         for kind, others in (("like", x), ("the mirror image of", mirrored)):
             alike = others[:i] @ x[i]
             best = int(alike.argmax())
-            if i not in detail and (alike[best] > ALIKE or (plain[i] and torch.equal(images[i], images[best]))):
+            if i not in detail and alike[best] > ALIKE:
                 detail[i] = f"{kind} picture {best + 1}"
     return Finding("near-duplicates", list(detail), detail)
 
@@ -138,7 +151,8 @@ def caption_findings(captions: list[str], style_words: list[str]) -> list[Findin
     stripped = [" ".join(words(c)) for c in captions]
     many = {c for c, n in Counter(filter(None, stripped)).items() if n > 1}
     named = {
-        i: [w for w in style_words if re.search(rf"\b{re.escape(w.lower())}\b", c)] for i, c in enumerate(stripped)
+        i: [w for w in style_words if re.search(rf"\b{re.escape(' '.join(words(w)))}\b", c)]
+        for i, c in enumerate(stripped)
     }
     detail = {i: ", ".join(found) for i, found in named.items() if found}
     lengths = {i: f"{len(c.split())} words" for i, c in enumerate(stripped) if len(c.split()) > LONG}
@@ -166,8 +180,9 @@ def table(images: list[torch.Tensor], captions: list[str], names: list[str], siz
     ]
     if captions:
         common = in_every_caption(captions)
+        count = sum(bool(c.strip()) for c in captions)
         said = f"every caption says {', '.join(repr(w) for w in common)}" if common else "no word is in every caption"
-        lines.append(f"{sum(bool(c.strip()) for c in captions)} captions; {said}")
+        lines.append(f"{count} captions; {said}" if count > 1 else f"{count} caption")
     for f in found:
         lines.append(f"{len(f.rows)} {f.what}:" if len(f.rows) < len(images) else f"all: {f.what}")
         if len(f.rows) < len(images) or f.detail:

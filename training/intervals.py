@@ -12,11 +12,11 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
-def mean_interval(values: torch.Tensor) -> tuple[float, float, float]:
-    """Mean of n numbers and its 95 % interval: Wilson's for shares (all 0 or 1), the percentile bootstrap for up to 200
-    other numbers, the normal approximation for more."""
+def mean_interval(values: torch.Tensor, share: bool = False) -> tuple[float, float, float]:
+    """Mean of n numbers and its 95 % interval: Wilson's for a share (of zeros and ones), the percentile bootstrap for up to
+    200 other numbers, the normal approximation for more."""
     mean = values.double().mean().item()
-    if bool(((values == 0) | (values == 1)).all()):
+    if share:
         return mean, *wilson(int(values.sum()), len(values))
     if len(values) <= 200:
         return mean, *bootstrap(values.tolist())

@@ -23,7 +23,8 @@ def plane(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def scatter(real: torch.Tensor, made: torch.Tensor, labels: tuple[str, str]) -> Image.Image:
     """(n, d) and (m, d) features -> a square picture in the plane in which both sets together vary most."""
-    shown = [x[:MOST].double() for x in (real, made)]
+    generator = torch.Generator().manual_seed(0)
+    shown = [x[torch.randperm(len(x), generator=generator)[:MOST]].double() for x in (real, made)]
     mean, directions = plane(torch.cat(shown))
     points = [(x - mean) @ directions for x in shown]
     reach = torch.cat(points).abs().amax().clamp_min(1e-9)

@@ -50,9 +50,21 @@ def test_its_figures_are_those_of_the_other_nodes(graph):
     assert bad["R-precision"]["low"] == pytest.approx(fidelity["R-precision"]["low"])
 
 
-def test_settings_without_a_label_are_numbered_and_equal_labels_kept_apart(graph):
-    assert list(json.loads(graph(prompt(labels="")).value("5", 2))["settings"]) == ["row 1", "row 2"]
-    assert list(json.loads(graph(prompt(labels="a\na")).value("5", 2))["settings"]) == ["a", "a (2)"]
+def test_settings_without_a_label_have_their_sockets_name_and_equal_labels_are_kept_apart(graph):
+    assert list(json.loads(graph(prompt(labels="")).value("5", 2))["settings"]) == ["row0", "row1"]
+    assert list(json.loads(graph(prompt(labels="a\na")).value("5", 2))["settings"]) == ["a", "a (row1)"]
+
+
+def test_a_label_belongs_to_its_socket(graph):
+    whole = prompt(labels="a\nb\nc\nd")
+    whole["5"]["inputs"]["rows.row3"] = ["2", 0]
+    assert list(json.loads(graph(whole).value("5", 2))["settings"]) == ["a", "b", "d"]
+
+
+def test_one_caption_for_all_has_no_r_precision(graph, given):
+    run = graph({**prompt(captions=["6", 0]), "6": given("STRING", ["a picture"])})
+    good = json.loads(run.value("5", 2))["settings"]["good"]
+    assert good["R-precision"]["value"] is None and "needs 2 different captions" in run.value("5")
 
 
 @pytest.mark.parametrize("changed, words", [
@@ -71,7 +83,7 @@ def test_one_setting_is_no_curve(graph):
 def test_too_few_pictures_for_the_distance(graph):
     whole = prompt(distance="precision")
     whole["2"], whole["3"] = pictures(3, "comic", 1), pictures(3, "chalk", 2)
-    one_sentence(graph(whole, check=False), "precision cannot be measured on so few pictures", "needs 6")
+    one_sentence(graph(whole, check=False), "precision cannot be drawn", "'good'", "needs 6", "another distance")
 
 
 def test_a_point_lies_where_its_figures_say(pack):

@@ -177,3 +177,20 @@ def test_cancel_stops_measuring_and_keeps_nothing_half(graph, folders):
     run = graph(prompt(pictures(8), pictures(8, seed=2)), check=False, on_event=cancel)
     assert "4" not in run.outputs
     assert not list((folders / "output").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["CounterpointCompareSets", "CounterpointGuidanceCurve"])
+def test_a_folder_named_by_another_node_is_looked_at_every_time(pack, kind):
+    """ComfyUI does not know the name yet when it asks what may have changed."""
+    import nodes
+
+    once, again = (
+        nodes.NODE_CLASS_MAPPINGS[kind].fingerprint_inputs(reference_folder=(None,), recursive=(False,)) for _ in "ab"
+    )
+    assert once != again
+
+
+def test_kept_features_are_no_folder_of_pictures(graph, folders, pack):
+    graph(prompt(pictures(8), pictures(8, seed=2)))
+    assert (folders / "output" / "counterpoint" / "features").is_dir()
+    assert not [choice for choice in pack.nodes.dataset.choices() if "features" in choice]

@@ -173,13 +173,14 @@ def command(claim: Claim, argv: list[str], laboratory: Callable[[], tuple[str, C
     plan = plan._replace(**chosen)
     models, measure = laboratory()
     whole = run(claim, plan, models, measure, options.over_budget)
+    seeds = () if options.screen else plan.seeds  # those that chose what to confirm say nothing about it
     for condition in plan.conditions:
-        print(condition, table(claim, (condition,)), sep="\n")
+        print(condition, table(claim, (condition,), seeds=seeds), sep="\n")
         if whole:
             drawing = RESULTS / claim.name / f"{condition}.svg"
-            drawing.write_text(plot(claim, condition, () if options.screen else plan.seeds), encoding="utf-8")
+            drawing.write_text(plot(claim, condition, seeds), encoding="utf-8")
     if len(plan.conditions) > 1:
-        print("all together", table(claim, plan.conditions), sep="\n")
+        print("all together", table(claim, plan.conditions, seeds=seeds), sep="\n")
     return 0 if whole else 1
 
 

@@ -179,6 +179,44 @@ def test_the_jackknife_is_the_spread_over_fresh_sets(distances, comparison):
     assert said == pytest.approx(spread, rel=0.3)
 
 
+@pytest.mark.parametrize("n, m", [(40, 400), (400, 60)])
+def test_the_floor_is_of_sets_as_large_as_what_is_judged(pack, comparison, n, m):
+    """From one and the same source no interval of a distance lies above its floor, whatever the sizes."""
+    real, made = seen(pack, cloud(m, 16, 6)), seen(pack, cloud(n, 16, 5))
+    figures = {f.metric: f for f in comparison.compare(made, real)}
+    assert all(figures[k].low < figures[k].floor for k in ("FID", "CMMD"))
+    own, rest = comparison.floor_sizes(n, m)
+    assert (own, rest) == ((40, 360) if n < m else (30, 30))
+    remarks = comparison.remarks(list(figures.values()), n, m)
+    assert f"floor: {own} pictures of the reference against its other {rest}" in remarks[-1]
+    assert ("too high" in remarks[-1]) == (n > m)
+
+
+def test_the_order_of_the_pictures_changes_no_error(distances, comparison):
+    """Ten kinds in turn: every tenth picture is of one kind."""
+    kinds = torch.randn(10, 6, generator=torch.Generator().manual_seed(0)) * 5
+    in_turn = [kinds.repeat(20, 1) + cloud(200, 6, seed) for seed in (1, 2)]
+    in_rows = [z.view(20, 10, 6).transpose(0, 1).reshape(200, 6) for z in in_turn]
+    errors = [
+        comparison.jackknife(distances.frechet, *sets).item() for sets in (in_turn, in_rows, (in_turn[0], in_rows[1]))
+    ]
+    assert max(errors) < 3 * min(errors)
+
+
+def test_intervals_hold_what_they_promise(pack, comparison):
+    """95 % of them, with other pictures from the same two sources; 20 pairs of sets, so 15 of 20 at the least."""
+    runs = [
+        {
+            f.metric: f
+            for f in comparison.compare(seen(pack, cloud(80, 8, 100 + i, 0.2)), seen(pack, cloud(80, 8, 500 + i)))
+        }
+        for i in range(20)
+    ]
+    for metric in runs[0]:
+        mean = sum(run[metric].value for run in runs) / len(runs)
+        assert sum(run[metric].low <= mean <= run[metric].high for run in runs) >= 15, metric
+
+
 def test_metrics_that_cannot_bear_so_few_pictures_say_so(pack, comparison):
     x, y = seen(pack, cloud(4, 8, 1)), seen(pack, cloud(5, 8, 2))
     figures = {f.metric: f for f in comparison.compare(x, y)}

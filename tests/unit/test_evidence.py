@@ -50,7 +50,10 @@ def test_held_out_styles_are_learned_to_the_bar(pack):
     """The bar of the laboratory: each factor 70 %, all three 40 %, the shape kept, mean over the six."""
     found = claims.records(held_out.CLAIM, held_out.STYLES, held_out.CLAIM.confirm.seeds)
     assert all(len(runs) == 12 for runs in found.values())
-    mean = {arm: {k: sum(m[k] for m in runs.values()) / len(runs) for k in held_out.CLAIM.measures} for arm, runs in found.items()}
+    mean = {
+        arm: {k: sum(m[k] for m in runs.values()) / len(runs) for k in held_out.CLAIM.measures}
+        for arm, runs in found.items()
+    }
     assert min(mean["learned"][k] for k in ("stroke", "paper", "line")) >= 0.7 and mean["learned"]["all three"] >= 0.4
     assert mean["learned"]["shape"] > mean["described"]["shape"] - 0.05
 

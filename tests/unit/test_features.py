@@ -222,9 +222,7 @@ def test_csd_is_clip_with_a_head(features, folder):
     torch.save({"model_state_dict": {**state, "module.last_layer_style": head}, "epoch": 1}, folder / "csd.pth")
     ours = features.of_weights(folder / "csd.pth")
     images = photos(1, 224, 224)
-    pixels = clip_processor()(
-        Image.fromarray((images[0] * 255).round().to(torch.uint8).numpy()), return_tensors="pt"
-    )
+    pixels = clip_processor()(Image.fromarray((images[0] * 255).round().to(torch.uint8).numpy()), return_tensors="pt")
     with torch.no_grad():
         expected = torch.nn.functional.normalize(reference(**pixels).pooler_output @ head, dim=1)
         made = ours.pictures(images)

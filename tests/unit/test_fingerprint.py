@@ -38,6 +38,27 @@ def test_weights_and_patches_change_the_fingerprint(bridge, build):
     assert bridge.fingerprint(with_lora(build.sd15_model())) == prints[2], "and is the same after a restart"
 
 
+def test_every_tensor_counts(bridge, build):
+    """One number changed anywhere it is looked at, in any of the weights; and a norm's running statistics."""
+    base = build.sd15_model()
+    first, names = bridge.fingerprint(base), [name for name, _ in base.model.named_parameters()]
+    for name in names[:: len(names) // 40]:
+        other = build.sd15_model()
+        with torch.inference_mode():
+            other.model.get_parameter(name).flatten()[0].add_(0.5)
+        assert bridge.fingerprint(other) != first, name
+    patchers = [managed(torch.nn.BatchNorm2d(4)) for _ in range(2)]
+    patchers[1].model.running_mean.add_(1)
+    assert bridge.fingerprint(patchers[0]) != bridge.fingerprint(patchers[1])
+
+
+def managed(module):
+    import comfy.model_patcher
+
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(module, cpu, cpu)
+
+
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_another_kind_of_prediction_changes_the_fingerprint(bridge, build, kind):
     """Core's ModelSampling nodes: other pictures, another meaning of what was learned."""

@@ -131,3 +131,23 @@ def test_the_table_names_files(inspection):
         "1 near-duplicates:",
         "- z.png: like picture 1",
     ]
+
+
+def test_a_common_tint_is_no_likeness(inspection):
+    tint = torch.tensor([0.1, 0.3, 0.8])
+    images = [(tint + (photo(i).mean(-1, keepdim=True) - 0.5) * 0.25).clamp(0, 1) for i in range(6)]
+    assert "near-duplicates" not in found(inspection, images)
+
+
+def test_pictures_of_one_colour_are_compared_with_all_others(inspection):
+    images = [photo(1), torch.full((1, 8, 8, 3), 0.5), torch.full((1, 8, 8, 3), 0.2), torch.full((1, 9, 9, 3), 0.5)]
+    assert found(inspection, images, size=8)["near-duplicates"].detail == {3: "like picture 2"}
+
+
+def test_style_words_are_found_with_their_punctuation(inspection):
+    named = found(inspection, [photo(i) for i in range(2)], ["by H.R. Giger", "a cat"], style_words=["H.R. Giger"])
+    assert named["with a caption that names the style"].rows == [0]
+
+
+def test_one_caption_is_not_said_to_share_a_word(inspection):
+    assert "1 caption" in inspection.table([photo(1)], ["a red cube"], ["a"], 64, []).splitlines()

@@ -91,7 +91,9 @@ def test_what_ships_knows_objects_that_it_never_met(pack, instance):
 
     probe, limit = pack.nodes.pocket_models.load_instance_probe()
     scenes = instance.sample_groups(10, 987)
-    images = torch.cat([pack.training.pocket.painter.paint(scenes[torch.arange(i, i + 50)]).image for i in range(0, 200, 50)])
+    images = torch.cat(
+        [pack.training.pocket.painter.paint(scenes[torch.arange(i, i + 50)]).image for i in range(0, 200, 50)]
+    )
     found = instance.accuracy(probe.see(images), scenes, limit)
     card = json.loads((pack.nodes.pocket_models.MODELS / "pocket-card.json").read_text())
     assert found["all"] > card["same object"]["real"]["all"] - 0.1

@@ -116,7 +116,8 @@ def test_masks_that_cannot_be_used(similarity, mask, words):
 
 def test_intervals_of_means(pack):
     interval = pack.training.intervals.mean_interval
-    assert interval(torch.tensor([1.0, 1.0, 0.0, 1.0]))[0] == 0.75
+    assert interval(torch.tensor([1.0, 1.0, 0.0, 1.0]), share=True)[0] == 0.75
+    assert interval(torch.zeros(5), share=True)[2] > 0.4 and interval(torch.zeros(5)) == (0, 0, 0)
     generator = torch.Generator().manual_seed(0)
     for n in (100, 1000):
         mean, low, high = interval(torch.randn(n, generator=generator))

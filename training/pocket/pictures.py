@@ -14,7 +14,14 @@ from .painter import paint
 from .world import ATTRIBUTES, FACTORS, VERSION, Scenes, sample_scenes
 
 SHARD = 1000
-SPLITS = {"train": 20, "held out": 1, "judge": 8, "judge held out": 1, "instances": 36, "instances held out": 2}  # shards
+SPLITS = {
+    "train": 20,
+    "held out": 1,
+    "judge": 8,
+    "judge held out": 1,
+    "instances": 36,
+    "instances held out": 2,
+}  # shards
 _SEED = {
     "train": 10_000, "held out": 20_000, "judge": 30_000, "judge held out": 40_000,
     "instances": 50_000, "instances held out": 60_000,

@@ -70,7 +70,9 @@ def _model(config_class, unet: dict, state: dict, seed: int = 0, disable_dynamic
 
 
 def _clip(tokenizer, network, seed: int = 0, embedding_directory=None) -> comfy.sd.CLIP:
-    clip = comfy.sd.CLIP(ClipTarget(tokenizer, network), embedding_directory=embedding_directory, model_options=CLIP_OPTIONS)
+    clip = comfy.sd.CLIP(
+        ClipTarget(tokenizer, network), embedding_directory=embedding_directory, model_options=CLIP_OPTIONS
+    )
     draw_weights(clip.cond_stage_model, seed)
     for part in vars(clip.tokenizer).values():
         if hasattr(part, "embedding_size"):
@@ -83,7 +85,9 @@ def _family(config_class, unet, tokenizer, network, keys, channels, says, state=
     return Family(model, functools.partial(_clip, tokenizer, network), keys, channels, says)
 
 
-sdxl = functools.partial(_family, SmallSDXL, SDXL_UNET, sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel, ("clip_l", "clip_g"), 4)
+sdxl = functools.partial(
+    _family, SmallSDXL, SDXL_UNET, sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel, ("clip_l", "clip_g"), 4
+)
 FAMILIES = {
     "SD1.5": Family(sd15_model, sd15_clip, ("clip_l",), 4, "EPS"),
     "SD2": _family(SmallSD20, {**SD15_UNET, "use_linear_in_transformer": True}, comfy.text_encoders.sd2_clip.SD2Tokenizer,
