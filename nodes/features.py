@@ -133,7 +133,7 @@ def pocket_objects() -> Extractor:
         comfy.model_management.load_model_gpu(patcher)
         return probe(pocket_size(images).to(patcher.load_device))
 
-    return Extractor(OBJECTS, fingerprint(patcher), see)
+    return Extractor("Pocket's instance probe", fingerprint(patcher), see)
 
 
 def of_clip_vision(vision, name: str = "CLIP vision") -> Extractor:
@@ -153,9 +153,9 @@ def of_weights(file: Path) -> Extractor:
         state = comfy.utils.load_torch_file(str(file), safe_load=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
         raise ValueError(
-            f"{file.name} in models/{FOLDER} cannot be read: it is broken, or holds more than tensors "
-            f"({(str(error) or type(error).__name__).splitlines()[0][:120]}). Fetch it again, or save its tensors as .safetensors."
-        ) from None
+            f"{file.name} in models/{FOLDER} cannot be read: it is broken, or holds more than tensors, which might be code. "
+            "Fetch it again, or save its tensors as .safetensors."
+        ) from error
     for wrapper in ("model_state_dict", "state_dict"):
         state = state.get(wrapper, state)
     state = {k.removeprefix("module."): v for k, v in state.items()}

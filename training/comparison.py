@@ -79,7 +79,7 @@ def _fid(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
     low = high = None
     if how.intervals and width <= JACKKNIFE_WIDTH and min(len(x), len(y)) >= 2 * JACKKNIFE:
         error = jackknife(lambda a, b: frechet(a, b, how.tell), x, y, how.seed).item()
-        low, high = value - 1.96 * error, value + 1.96 * error
+        low, high = max(0.0, value - 1.96 * error), value + 1.96 * error
     few = min(len(x), len(y)) <= 2 * width
     note = f"mostly noise below {2 * width + 1} pictures on each side: trust KID or CMMD instead" if few else ""
     return [Figure("FID", value, low, high, note=note)]
@@ -100,7 +100,7 @@ def _kid(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
 
 def _cmmd(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
     value, error = cmmd(x, y, how.tell)
-    return [Figure("CMMD", value, value - 1.96 * error, value + 1.96 * error)]
+    return [Figure("CMMD", value, max(0.0, value - 1.96 * error), value + 1.96 * error)]
 
 
 def _overlap(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
@@ -115,10 +115,10 @@ def _overlap(x: torch.Tensor, y: torch.Tensor, how: How) -> list[Figure]:
         errors = errors.maximum(jackknife(lambda a, b: _means(a, b, how), x, y, how.seed))
     figures = []
     for name, rows, value, error in zip(found._fields, found, values.tolist(), errors.tolist(), strict=True):
-        low, high = value - 1.96 * error, value + 1.96 * error
+        low, high = max(0.0, value - 1.96 * error), value + 1.96 * error
         if name != "density":  # a share: never without an interval, and within 0..1
             sure = wilson(int(rows.sum()), len(rows))
-            low, high = max(0.0, min(low, sure[0])), min(1.0, max(high, sure[1]))
+            low, high = min(low, sure[0]), min(1.0, max(high, sure[1]))
         figures.append(Figure(name, value, low, high, note=few, about=fixed))
     return figures
 

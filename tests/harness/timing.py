@@ -4,6 +4,7 @@ them all; memory in a fresh process for each, so that none finds what another le
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def interleaved(ways: dict[str, Way], rounds: int = 5) -> list[Timing]:
 
 def command(name: str, argv: list[str], load: Callable[[], dict[str, Way]], work: str, rounds: int = 5) -> None:
     """`dev.py bench <name>`: `load()` gives the ways, the one to compare with first; prints the table."""
+    os.environ["TQDM_DISABLE"] = "1"  # core's KSampler draws a bar for every picture
     if argv[:1] == [MEMORY_OF]:
         print(json.dumps(peak(load()[argv[1]])))
         return
