@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import comfy.model_management
 import comfy.supported_models
@@ -183,16 +184,30 @@ class _Lookup:
 
 
 def starting_vectors(clip, phrase: str, count: int) -> Vectors:
-    """`count` vectors per encoder from the words of a phrase, repeated when it is shorter, cut when it is longer."""
+    """`count` vectors per encoder from the words of a phrase, repeated when it is shorter, cut when it is longer.
+
+    The phrase is read as core reads a prompt, so `embedding:NAME` stands for the vectors of a word that was learned before.
+    Raises ValueError for words and embeddings that an encoder does not know.
+    """
     vectors = {}
     for key, tokenizer in encoder_tokenizers(clip).items():
-        end = -1 if tokenizer.tokenizer_adds_end_token else None
-        ids = tokenizer.tokenizer(phrase)["input_ids"][tokenizer.tokens_start : end]
-        known = getattr(tokenizer, "known_ids", ids)  # Pocket's; others know every piece of a word
-        if not ids or not set(ids) <= set(known):
-            raise ValueError(f"This CLIP does not know the start {phrase!r}: use a plain word such as 'picture'.")
         table = encoder_module(clip, key).transformer.get_input_embeddings().weight
-        vectors[key] = torch.stack([plain(table[ids[i % len(ids)]]).float() for i in range(count)])
+        batches = tokenizer.tokenize_with_weights(phrase, return_word_ids=True)
+        pieces = [piece for batch in batches for piece, _, word in batch if word]  # 0 is what core puts around words
+        known = getattr(tokenizer, "known_ids", None)  # Pocket's; others know every piece of a word
+        strange = known and not {p for p in pieces if isinstance(p, int)} <= known
+        if not pieces or strange:
+            lost = "has no vectors for" if "embedding:" in phrase else "does not know"
+            raise ValueError(
+                f"This CLIP's {key} {lost} the start {phrase!r}: use a plain word such as 'picture', or a word learned on such a model."
+            )
+        rows = [plain(table[p] if isinstance(p, int) else p).float().to(table.device) for p in pieces]
+        if wrong := {len(r) for r in rows} - {table.shape[1]}:
+            raise ValueError(
+                f"The start {phrase!r} has {wrong.pop()} numbers per vector, and this CLIP's {key} takes {table.shape[1]}: it was learned on "
+                "another kind of model."
+            )
+        vectors[key] = torch.stack([rows[i % len(rows)] for i in range(count)])
     return vectors
 
 
@@ -204,14 +219,59 @@ def encoder_module(clip, key: str):
     raise ValueError(f"This CLIP ({type(clip.cond_stage_model).__name__}) has no encoder named {key!r}.")
 
 
+class Family(NamedTuple):
+    """What is usual for a kind of model. Only Pocket's figures were measured here; the others are those people work with."""
+
+    name: str
+    size: int  # pixels of the square that it was trained on
+    steps: int  # of training a word
+    vectors: int  # of a word
+    cfg: float
+    warning: str = ""
+
+
+FAMILIES = {  # the first class that fits
+    comfy.supported_models.SD15: Family("SD 1.5", 512, 1000, 4, 7.0),
+    comfy.supported_models.SD20: Family("SD 2", 768, 1000, 4, 7.0),
+    comfy.supported_models.SDXL: Family("SDXL", 1024, 1000, 4, 7.0),
+    comfy.supported_models.SD3: Family("SD 3", 1024, 1500, 4, 4.5),
+    comfy.supported_models.Flux: Family(
+        "FLUX.1", 1024, 1500, 4, 1.0, "Words for FLUX.1 are experimental: people report that they do little."
+    ),
+}
+
+
+def family(model) -> Family:
+    """The family of a MODEL; of one that is not listed, SDXL's figures under its own name."""
+    config = model.model.model_config
+    if hasattr(type(config), "family"):
+        return type(config).family
+    found = next((f for kind, f in FAMILIES.items() if isinstance(config, kind)), None)
+    unknown = f"{type(config).__name__} was never tried with Counterpoint."
+    return found or FAMILIES[comfy.supported_models.SDXL]._replace(name=type(config).__name__, warning=unknown)
+
+
 def native_size(model) -> int:
     """Pixels of the square that a model was trained on."""
-    config = model.model.model_config
-    if hasattr(type(config), "native_size"):
-        return type(config).native_size
-    if isinstance(config, comfy.supported_models.SD15):
-        return 512
-    return 768 if isinstance(config, comfy.supported_models.SD20) else 1024
+    return family(model).size
+
+
+RATE = (
+    1 / 15
+)  # learning rate over the root mean square of an encoder's vocabulary; 0.02 for Pocket, where it was measured
+
+
+def own_learning_rates(clip) -> dict[str, float]:
+    """By encoder: Adam moves every number by about its rate, so the rate goes with the numbers of the encoder's words."""
+    return {key: float(f"{RATE * vocabulary_scale(clip, key):.3g}") for key in encoder_tokenizers(clip)}
+
+
+def vocabulary_scale(clip, key: str) -> float:
+    """Root mean square of the numbers in the vectors of an encoder's words."""
+    table = encoder_module(clip, key).transformer.get_input_embeddings().weight
+    known = getattr(encoder_tokenizers(clip)[key], "known_ids", None)  # Pocket's; others know every word
+    rows = table[sorted(known)] if known else table[:: max(1, len(table) // 4096)]
+    return plain(rows).float().square().mean().sqrt().item()
 
 
 def for_encoders(clip, vectors: Vectors) -> Vectors:
@@ -240,6 +300,7 @@ def check_belong_together(model, cond: Conditioning) -> None:
     """MODEL and CLIP from different checkpoints: say so before the matrix product does."""
     config = model.model.model_config.unet_config
     expected = config.get("context_dim") or config.get("context_in_dim")
+    expected = expected or (config.get("context_embedder_config") or {}).get("params", {}).get("in_features")
     if expected and cond.states.shape[-1] != expected:
         raise ValueError(
             f"MODEL and CLIP do not belong together: the model expects {expected} numbers per token and this CLIP gives "

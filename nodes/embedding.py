@@ -133,7 +133,7 @@ class LoadEmbedding(io.ComfyNode):
                 io.Combo.Input(
                     "embedding",
                     options=sources(),
-                    tooltip="A file in models/embeddings, or run: a step of a run; .safetensors only, 1 of them.",
+                    tooltip="A file in models/embeddings (.safetensors, or the older .pt and .bin), or run: a step of a run; 1 of them.",
                 ),
             ],
             outputs=[
@@ -167,7 +167,7 @@ def _runs() -> Path:
 
 def sources() -> list[str]:
     """Embedding files, then what training runs have left."""
-    saved = [f for f in folder_paths.get_filename_list("embeddings") if f.endswith(SUFFIX)]
+    saved = [f for f in folder_paths.get_filename_list("embeddings") if f.endswith((SUFFIX, ".pt", ".bin"))]
     left = sorted(_runs().glob("*/checkpoint.safetensors")) + sorted(_runs().glob("*/snapshots/*.safetensors"))
     return saved + [RUN + f.relative_to(_runs()).as_posix() for f in left]
 

@@ -27,6 +27,7 @@ from ..training import artefact
 from ..training.pocket.instance import InstanceProbe
 from ..training.pocket.judge import Judge
 from ..training.pocket.world import VERSION
+from .bridge import Family
 
 log = logging.getLogger("counterpoint")
 MODELS = Path(__file__).resolve().parents[1] / "models"
@@ -77,7 +78,7 @@ class Pocket(comfy.supported_models.SD15):
 
     unet_extra_config: dict = {}
     latent_format = PocketLatent
-    native_size = 128
+    family = Family("Pocket", 128, 200, 1, 4.0)
 
 
 # The bare networks, weights not initialised: what `dev.py pocket` trains.

@@ -28,8 +28,9 @@ from .bridge import (
     ComfyDenoiser,
     ComfyTextEncoder,
     check_belong_together,
+    family,
     fingerprint,
-    native_size,
+    own_learning_rates,
     plain,
     private_clip,
     private_model,
@@ -122,14 +123,16 @@ class TrainEmbedding(io.ComfyNode):
                 io.String.Input(
                     "start",
                     default="picture",
-                    tooltip="The word or phrase the new vectors start from; 1 plain word is best.",
+                    tooltip="The word or phrase the new vectors start from; 1 plain word is best. embedding:my-style goes on from a word "
+                    "that was learned before.",
                 ),
                 io.Int.Input(
                     "vectors",
-                    default=1,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=16,
-                    tooltip="How many vectors the word has: 1 for a style, up to 16 for much detail.",
+                    tooltip="How many vectors the word has, up to 16; more hold more detail and are harder to combine. 0 takes what suits "
+                    "the model: 1 for Pocket, 4 elsewhere.",
                 ),
                 io.String.Input(
                     "template",
@@ -146,10 +149,11 @@ class TrainEmbedding(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "steps",
-                    default=200,
-                    min=2,
+                    default=0,
+                    min=0,
                     max=20000,
-                    tooltip="200 for Pocket (about 1 minute on two cores), 500 to 1500 for SD 1.5.",
+                    tooltip="0 takes what suits the model: 200 for Pocket (about 1 minute on two cores), 1000 for SD 1.5, SD 2 and SDXL, "
+                    "1500 for SD 3 and FLUX.1.",
                 ),
                 io.Int.Input(
                     "batch",
@@ -165,7 +169,8 @@ class TrainEmbedding(io.ComfyNode):
                     max=1.0,
                     step=0.0001,
                     round=0.00001,
-                    tooltip="0 takes the model's own: 0.02 for Pocket, 0.005 elsewhere.",
+                    tooltip="0 takes a 15th of the size of the numbers in the text encoder's own words, for each encoder by itself: 0.02 for "
+                    "Pocket, about 0.001 for CLIP-L.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -272,14 +277,18 @@ class Job:
     """One press of Run on Train Embedding: checks, a private copy of the models, the loop, the result."""
 
     def __init__(self, model, clip, vae, images, captions, negatives, values: dict):
-        self.model, self.clip, self.vae, self.values = model, clip, vae, values
-        self.pixels = values["size"] or native_size(model)
+        self.model, self.clip, self.vae = model, clip, vae
+        self.family = family(model)
+        own = {"steps": self.family.steps, "vectors": self.family.vectors, "size": self.family.size}
+        self.values = values | {k: v for k, v in own.items() if not values[k]}
+        self.values["learning_rate"] = values["learning_rate"] or own_learning_rates(clip)
+        values, self.pixels = self.values, self.values["size"]
         self.images = [picture for batch in images for picture in batch.split(1)]
         self.negatives = [picture for batch in negatives for picture in batch.split(1)] if negatives else []
         self.captions = list(captions or [])
         self.settings = Settings(
             method=values["method"], strength=values["strength"], steps=values["steps"], batch=values["batch"],
-            learning_rate=values["learning_rate"] or (0.02 if self.pixels <= 128 else 0.005), keep_norm=values["keep_norm"],
+            learning_rate=values["learning_rate"], keep_norm=values["keep_norm"],
             weighting=values["weighting"], seed=values["seed"],
         )  # fmt: skip
         self.contrastive = self.settings.method != "plain" and self.settings.strength > 0
@@ -336,6 +345,12 @@ class Job:
         settings = self.settings
         latents = encode_pictures(self.vae, self.images, self.pixels)
         negatives = encode_pictures(self.vae, self.negatives, self.pixels) if self.negatives else None
+        taken, given = self.model.model.latent_format.latent_channels, latents.shape[1]
+        if taken != given:
+            raise ValueError(
+                f"MODEL and VAE do not belong together: the model takes latents of {taken} channels and this VAE gives {given}. "
+                "Take both from the same checkpoint."
+            )
         reporter, said = Reporter(settings.steps), []
         with training_mode(), contextlib.ExitStack() as stack:
             model, clip = private_model(self.model), private_clip(self.clip)
@@ -408,7 +423,7 @@ class Job:
             words = with_embeddings(clip, {"preview": vectors})
             cond = words.encode_from_tokens_scheduled(words.tokenize(spell(self.values["template"], "preview")))
             empty = words.encode_from_tokens_scheduled(words.tokenize(""))
-            recipe = Recipe("", self.pixels, self.pixels, 1, 12, 4.0, "euler", "normal")
+            recipe = Recipe("", self.pixels, self.pixels, 1, 12, self.family.cfg, "euler", "normal")
             pictures = self.vae.decode(sample(model, [cond] * 4, empty, recipe, [0, 1, 2, 3])).movedim(-1, 1)
         picture = sheet([pictures], columns=2)
         (run.folder / "previews").mkdir(exist_ok=True)
@@ -438,9 +453,16 @@ class Job:
         }  # fmt: skip
         learned = Embedding({k: v.float() for k, v in vectors.items()}, run.folder.name, facts)
         records = run.history(steps)
+        rates = self.settings.learning_rates(vectors)
+        rate = (
+            ", ".join(f"{r:g} for {k}" for k, r in rates.items())
+            if len(set(rates.values())) > 1
+            else f"{rates[next(iter(rates))]:g}"
+        )
         report = (
-            f"{self.settings.method}, {steps} steps on {len(self.images)} pictures at {self.pixels}, "
-            f"each with {CAPTIONED[self.caption_use]}, run {run.folder.name}. " + " ".join(said)
+            f"{self.settings.method} on {self.family.name}, {steps} steps on {len(self.images)} pictures at {self.pixels}, "
+            f"each with {CAPTIONED[self.caption_use]}, {learned.count} vector{'s' * (learned.count > 1)}, learning rate {rate}, "
+            f"run {run.folder.name}. " + " ".join([self.family.warning, *said])
         )
         return learned, records, report.strip()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from . import artefact
@@ -49,11 +51,15 @@ def to_bytes(embedding: Embedding) -> bytes:
 
 
 def load(path: Path) -> Embedding:
-    """An embedding from a .safetensors with one (k, width) or (width,) tensor per encoder."""
+    """An embedding from a file with one (k, width) or (width,) tensor per encoder: ours, A1111's, diffusers', kohya's or
+    OneTrainer's, .safetensors or the older .pt and .bin, of which tensors are read and nothing is run."""
     try:
-        tensors, metadata = artefact.read(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} is broken ({error}): copy or save it again.") from error
+        tensors, metadata = artefact.read(path) if path.suffix == artefact.SUFFIX else (_legacy(path), {})
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path.name} cannot be read: it is broken, or holds more than tensors. Copy or save it again, best as .safetensors."
+        ) from error
+    tensors = {OTHER_NAMES.get(k, k): v for k, v in tensors.items() if not k.endswith("_out")}
     wrong = {k: tuple(v.shape) for k, v in tensors.items() if v.ndim not in (1, 2)}
     if wrong or not tensors:
         raise ValueError(
@@ -61,6 +67,16 @@ def load(path: Path) -> Embedding:
         )
     vectors = {k: v.float().reshape(-1, v.shape[-1]) for k, v in tensors.items()}
     return Embedding(vectors, path.stem, {k: _plain(v) for k, v in metadata.items() if not k.startswith("modelspec.")})
+
+
+OTHER_NAMES = {"t5": "t5xxl"}  # OneTrainer's and diffusers', which ComfyUI would ignore
+
+
+def _legacy(path: Path) -> Vectors:
+    """A1111: {"string_to_param": {"*": vectors}, ...}; diffusers: {"<word>": vectors}."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = state.get("string_to_param", state) if isinstance(state, dict) else {}
+    return {k: v.detach() for k, v in state.items() if isinstance(v, torch.Tensor)}
 
 
 def _plain(value: str):

@@ -12,6 +12,7 @@ a negative says what the pair has in common; what is removed from the positive's
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +35,17 @@ class Settings:
     strength: float = 1.0  # 0..1, share of the common direction that is removed; 0 is plain, bit for bit
     steps: int = 200
     batch: int = 8  # positives per step; as many negatives join them in the same pass
-    learning_rate: float = 0.02
+    learning_rate: float | dict[str, float] = (
+        0.02  # one for all encoders, or each its own: their vectors differ in scale
+    )
     keep_norm: bool = False  # rescale each vector to its starting length after every step
     weighting: str = "low frequencies"
     average: float = 0.9  # of the negative gradient over steps, `reference point` only
     seed: int = 0
+
+    def learning_rates(self, encoders: Iterable[str]) -> dict[str, float]:
+        rate = self.learning_rate
+        return {k: rate[k] if isinstance(rate, dict) else rate for k in encoders}
 
 
 class TextualInversion:
@@ -51,7 +58,9 @@ class TextualInversion:
         self.latents, self.negatives, self.captions = latents, negatives, captions
         self.start = {k: v.detach().clone() for k, v in start.items()}
         self.vectors = {k: v.detach().clone().requires_grad_() for k, v in start.items()}
-        self.optimiser = torch.optim.Adam(self.vectors.values(), lr=settings.learning_rate, betas=(0.9, 0.99))
+        rates = settings.learning_rates(self.vectors)
+        groups = [{"params": [self.vectors[k]], "lr": rate, "most": rate} for k, rate in rates.items()]
+        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self.average = {k: torch.zeros_like(v) for k, v in self.start.items()}
         self.averaged = 0
         self.contrastive = settings.method != "plain" and settings.strength > 0
@@ -77,7 +86,7 @@ class TextualInversion:
         for (_, vector), gradient in zip(self.vectors.items(), positive, strict=True):
             vector.grad = gradient.to(vector)
         for group in self.optimiser.param_groups:
-            group["lr"] = self._learning_rate(i)
+            group["lr"] = group["most"] * self._schedule(i)
         self.optimiser.step()
         if self.settings.keep_norm:
             self._restore_norms()
@@ -130,9 +139,9 @@ class TextualInversion:
         keep = self.settings.average
         return [m * keep + g.to(m) * (1 - keep) for m, g in zip(self.average.values(), negative, strict=True)]
 
-    def _learning_rate(self, i: int) -> float:
-        """Ten steps of warm-up, then a line down to a tenth."""
-        return self.settings.learning_rate * min(1, (i + 1) / 10) * (1 - 0.9 * i / self.settings.steps)
+    def _schedule(self, i: int) -> float:
+        """Share of the learning rate: ten steps of warm-up, then a line down to a tenth."""
+        return min(1, (i + 1) / 10) * (1 - 0.9 * i / self.settings.steps)
 
     @torch.no_grad()
     def _restore_norms(self) -> None:

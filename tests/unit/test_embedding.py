@@ -74,6 +74,46 @@ def test_files_of_other_programs_load(pack, tmp_path, vectors):
     assert values.ndim == 2 and values.shape[1] == 8 and values.dtype == torch.float32 and theirs.count == len(values)
 
 
+OLDER = {  # as these programs write them
+    "A1111.pt": {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": torch.nn.Parameter(torch.ones(2, 8))},
+        "name": "x",
+        "step": 9,
+    },
+    "diffusers.bin": {"<my-style>": torch.ones(8)},
+    "kohya.pt": {"emb_params": torch.ones(2, 8)},
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_older_formats_load_without_unpickling_code(pack, tmp_path, name):
+    torch.save(OLDER[name], tmp_path / name)
+    loaded = pack.training.embedding.load(tmp_path / name)
+    ((vectors),) = loaded.vectors.values()
+    assert vectors.shape[-1] == 8 and vectors.ndim == 2 and not vectors.requires_grad and (vectors == 1).all()
+
+
+def test_onetrainers_names_become_comfyuis(pack, tmp_path):
+    save_file(
+        {"clip_l": torch.ones(2, 8), "t5": torch.zeros(2, 16), "clip_l_out": torch.ones(2, 8)},
+        tmp_path / "flux.safetensors",
+    )
+    vectors = pack.training.embedding.load(tmp_path / "flux.safetensors").vectors
+    assert {k: v.shape for k, v in vectors.items()} == {"clip_l": (2, 8), "t5xxl": (2, 16)}
+
+
+def test_code_in_an_embedding_is_not_run(pack, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "hacked"), "w"))
+
+    torch.save({"string_to_param": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt cannot be read: .* more than tensors"):
+        pack.training.embedding.load(tmp_path / "evil.pt")
+    assert not (tmp_path / "hacked").exists()
+
+
 @pytest.mark.parametrize("tensors", [{"unet.weight": torch.ones(2, 3, 3)}, {}], ids=["a weight", "nothing"])
 def test_what_is_not_an_embedding_is_refused_by_name(pack, tmp_path, tensors):
     save_file(tensors, tmp_path / "lora.safetensors")

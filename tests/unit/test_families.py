@@ -117,3 +117,32 @@ def test_a_word_means_the_same_from_a_file(bridge, pack, shared, tmp_path):
         states, pooled = conditioning(clip, bridge.spell(caption, "my-word"))
     assert (states - trained.states).abs().max() <= 1e-5 and (pooled - trained.pooled).abs().max() <= 1e-5
     assert (before.states - trained.states).abs().max() > 1e-3
+
+
+def test_a_learned_word_can_be_the_start(bridge, pack, family, shared):
+    """`embedding:NAME` in the start, alone and beside plain words."""
+    _, clip = shared
+    learned = {key: numbers(2, 32, seed=i) for i, key in enumerate(family.keys)}
+    with bridge.training_mode():
+        own = bridge.private_clip(bridge.with_embeddings(clip, {"word": learned}))
+        alone = bridge.starting_vectors(own, "embedding:word", 3)
+        beside = bridge.starting_vectors(own, "cat embedding:word", 3)
+        cat = bridge.starting_vectors(own, "cat", 1)
+    for key in family.keys:
+        assert torch.equal(alone[key], learned[key][[0, 1, 0]])
+        assert torch.equal(beside[key][-2:], learned[key]) and torch.equal(beside[key][:1], cat[key])
+
+
+@pytest.mark.parametrize("vectors, words", [({"clip_l": 16}, "16 numbers per vector, and this CLIP's clip_l takes 32"),
+                                            ({"clip_g": 32}, "clip_l has no vectors for the start 'embedding:word'")])  # fmt: skip
+def test_a_learned_word_that_does_not_fit_is_no_start(bridge, small_models, vectors, words):
+    import importlib
+
+    families = importlib.import_module(f"{small_models.__name__}.families").FAMILIES
+    with torch.inference_mode():
+        clip = families["SDXL"].clip()
+    with bridge.training_mode(), pytest.raises(ValueError, match=words):
+        own = bridge.private_clip(
+            bridge.with_embeddings(clip, {"word": {k: numbers(1, n) for k, n in vectors.items()}})
+        )
+        bridge.starting_vectors(own, "embedding:word", 1)

@@ -84,8 +84,9 @@ def sd15_clip(seed: int = 0, embedding_directory: str | list[str] | None = None)
     return clip
 
 
-def sd15_vae(seed: int = 0) -> comfy.sd.VAE:
-    """A VAE of SD1.5's structure: 8 pixels to a latent, 4 channels."""
-    config = {"ddconfig": VAE, "embed_dim": VAE["z_channels"]}
-    weights = draw_weights(AutoencoderKL(ddconfig=dict(VAE), embed_dim=VAE["z_channels"]), seed).state_dict()
+def sd15_vae(seed: int = 0, channels: int = 4) -> comfy.sd.VAE:
+    """A VAE of SD1.5's structure: 8 pixels to a latent, 4 channels; 16 as SD3's and FLUX.1's."""
+    part = {**VAE, "z_channels": channels}
+    config = {"ddconfig": part, "embed_dim": channels}
+    weights = draw_weights(AutoencoderKL(ddconfig=dict(part), embed_dim=channels), seed).state_dict()
     return comfy.sd.VAE(sd=weights, config={"params": config}, dtype=torch.float32)
