@@ -18,6 +18,7 @@ from . import (
     progress,
     similarity,
     train_embedding,
+    train_lora,
 )
 
 FAMILIES = (
@@ -26,6 +27,7 @@ FAMILIES = (
     inspect_dataset,
     generate,
     train_embedding,
+    train_lora,
     embedding,
     compare,
     features,

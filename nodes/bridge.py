@@ -6,7 +6,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -115,20 +114,12 @@ class ComfyTextEncoder:
         for caption, leaves in zip(captions, vectors, strict=True):
             rows.append(distinct.setdefault((caption, id(leaves)), (len(distinct), caption, leaves))[0])
         made = [self._encode_one(caption, leaves) for _, caption, leaves in distinct.values()]
-        longest = math.lcm(*(states.shape[1] for states, _ in made))
-        states = torch.cat([self._lengthen(states, longest) for states, _ in made])
-        pooled = None if made[0][1] is None else torch.cat([p for _, p in made])
-        return Conditioning(states, pooled).expand(rows)
+        return Conditioning.stacked(made).expand(rows)
 
-    def _encode_one(self, caption: str, leaves: Vectors):
+    def _encode_one(self, caption: str, leaves: Vectors) -> Conditioning:
         clip = with_embeddings(self.clip, {self.name: leaves})
         tokens = clip.tokenize(spell(caption, self.name))
-        return clip.encode_from_tokens(tokens, return_pooled=True)
-
-    @staticmethod
-    def _lengthen(states: torch.Tensor, longest: int) -> torch.Tensor:
-        """As core does for cross-attention: whole repeats change nothing."""
-        return states.repeat(1, longest // states.shape[1], 1)
+        return Conditioning(*clip.encode_from_tokens(tokens, return_pooled=True))
 
 
 def spell(caption: str, name: str) -> str:

@@ -154,7 +154,7 @@ class LoadEmbedding(io.ComfyNode):
         file = source_file(embedding)
         if file.name == "checkpoint.safetensors":
             tree = artefact.read_tree(file)
-            return io.NodeOutput(files.Embedding(tree["state"]["vectors"], file.parent.name, {"step": tree["step"]}))
+            return io.NodeOutput(files.Embedding(tree["state"]["learned"], file.parent.name, {"step": tree["step"]}))
         return io.NodeOutput(files.load(file))
 
 

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from ..training import inspection
 from ..training.sheet import sheet
 from .dataset import CATEGORY
-from .train_embedding import fit_size
+from .training_job import fit_size
 
 SHOWN = 128  # pixels of each picture on the sheet
 LEAST = 4  # pictures in a row; fewer would leave no room for words

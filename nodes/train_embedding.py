@@ -3,80 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Iterator
 
-import comfy.model_management
-import comfy.utils
-import folder_paths
 import torch
 from comfy_api.latest import io
 
 from ..training import embedding as files
+from ..training.contrast import Tensors
 from ..training.embedding import Embedding
-from ..training.features import images_hash
-from ..training.loop import Diverged, train
-from ..training.losses import WEIGHTINGS
-from ..training.memory import duration, size
-from ..training.run import Run, config_hash
-from ..training.sheet import sheet
-from ..training.textual_inversion import METHODS, Settings, TextualInversion
+from ..training.textual_inversion import TextualInversion
 from .bridge import (
-    TOKEN,
-    ComfyDenoiser,
     ComfyTextEncoder,
     check_belong_together,
-    family,
-    fingerprint,
     own_learning_rates,
-    plain,
-    private_clip,
-    private_model,
     spell,
     starting_vectors,
-    training_mode,
     with_embeddings,
 )
-from .generate import Recipe, sample
-from .progress import Reporter
+from .training_job import (
+    Job,
+    caption_inputs,
+    last_inputs,
+    loss_outputs,
+    output,
+    picture_inputs,
+    template_fault,
+    time_inputs,
+)
 
 CATEGORY = "Counterpoint/embedding"
 EmbeddingType = io.Custom("EMBEDDING")
-CAPTION_USES = ("auto", "template", "caption", "dropout")
-ACTIVATIONS_OVER_SAMPLING = (
-    6  # memory of a training pass over what ComfyUI estimates for a sampling pass of the same batch
+RATE = (
+    "0 takes a 15th of the size of the numbers in the text encoder's own words, for each encoder by itself: 0.02 for Pocket, "
+    "about 0.001 for CLIP-L."
 )
-CAPTIONED = {"template": "the template", "caption": "its caption", "dropout": "its caption or the template"}
-CURVE_POINTS = 500
-TEMPLATE = f"The template needs {TOKEN} once, as in 'a picture in the style of {TOKEN}'."
-
-
-def ways_to_caption(captions: list[str], template: str, use: str) -> list[list[str]]:
-    """For each picture the captions that training may draw: the template alone, the caption in it, or either.
-
-    A picture without a caption has the template.
-    """
-    found = template.find("in the style")
-    tail = f" {template[found:]}" if found >= 0 and TOKEN in template[found:] else f", {TOKEN}"
-    described = [c.strip() + tail if c.strip() else template for c in captions]
-    return {
-        "template": [[template] for _ in captions],
-        "caption": [[d] for d in described],
-        "dropout": [[template, d] for d in described],
-    }[use]
-
-
-def fit_size(image: torch.Tensor, pixels: int) -> torch.Tensor:
-    """(1, H, W, C) -> (1, pixels, pixels, 3): the smaller side fitted, the middle kept."""
-    x = image[..., :3].movedim(-1, 1)
-    return comfy.utils.common_upscale(x, pixels, pixels, "lanczos", "center").movedim(1, -1)
-
-
-def encode_pictures(vae, images: list[torch.Tensor], pixels: int) -> torch.Tensor:
-    """Latents (n, C, h, w) of single pictures, on the CPU, as ordinary tensors."""
-    return torch.cat([plain(vae.encode(fit_size(image, pixels))).cpu() for batch in images for image in batch.split(1)])
 
 
 class TrainEmbedding(io.ComfyNode):
@@ -92,34 +52,7 @@ class TrainEmbedding(io.ComfyNode):
             is_input_list=True,
             not_idempotent=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model that learns the word; it is not changed. 1 model."),
-                io.Clip.Input("clip", tooltip="From the same checkpoint; it is not changed."),
-                io.Vae.Input("vae", tooltip="From the same checkpoint."),
-                io.Image.Input("images", tooltip="Pictures in the style: 12 to 24 are enough, 1 is the least."),
-                io.String.Input(
-                    "captions",
-                    force_input=True,
-                    optional=True,
-                    tooltip="What is in each picture, 1 caption each, without its style.",
-                ),
-                io.Image.Input(
-                    "negatives", optional=True, tooltip="From Negative Set: 1 for each picture, in the same order."
-                ),
-                io.Combo.Input(
-                    "method",
-                    options=list(METHODS),
-                    default="plain",
-                    tooltip="plain: textual inversion, negatives (0 of them needed) are not used. paper: NSYNC as published, g+ minus its part along g-. "
-                    "reference point: the negative gradient is taken where the word began and removed where both agree.",
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="How much of what is shared with the negatives is removed; 0 is plain.",
-                ),
+                *picture_inputs("the word"),
                 io.String.Input(
                     "start",
                     default="picture",
@@ -134,138 +67,32 @@ class TrainEmbedding(io.ComfyNode):
                     tooltip="How many vectors the word has, up to 16; more hold more detail and are harder to combine. 0 takes what suits "
                     "the model: 1 for Pocket, 4 elsewhere.",
                 ),
-                io.String.Input(
-                    "template",
-                    default=f"a picture in the style of {TOKEN}",
-                    tooltip="The caption it learns with; {token} must stand in it once (1 time).",
-                ),
-                io.Combo.Input(
-                    "caption_use",
-                    options=list(CAPTION_USES),
-                    default="auto",
-                    tooltip="caption: your captions before 'in the style of {token}', so that the word need not say what is in the pictures. "
-                    "template: the template alone. dropout: either, half (50 %) of the time each. auto: caption for the method plain where "
-                    "there are captions, template for contrast, to which complete captions leave nothing to teach.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=0,
-                    min=0,
-                    max=20000,
-                    tooltip="0 takes what suits the model: 200 for Pocket (about 1 minute on two cores), 1000 for SD 1.5, SD 2 and SDXL, "
-                    "1500 for SD 3 and FLUX.1.",
-                ),
-                io.Int.Input(
-                    "batch",
-                    default=8,
-                    min=1,
-                    max=64,
-                    tooltip="Pictures per step, and as many negatives; 8 is plenty. Made smaller if memory is short.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.0001,
-                    round=0.00001,
-                    tooltip="0 takes a 15th of the size of the numbers in the text encoder's own words, for each encoder by itself: 0.02 for "
-                    "Pocket, about 0.001 for CLIP-L.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**31,
-                    control_after_generate=False,
-                    tooltip="Another seed, another run: 0 and up.",
-                ),
-                io.Int.Input(
-                    "preview_every",
-                    default=50,
-                    min=0,
-                    max=10000,
-                    advanced=True,
-                    tooltip="Steps between preview pictures; 0 for none.",
-                ),
-                io.Int.Input(
-                    "snapshot_every",
-                    default=0,
-                    min=0,
-                    max=10000,
-                    advanced=True,
-                    tooltip="Steps between snapshots kept in the run's folder; 0 for none.",
-                ),
+                *caption_inputs(),
+                *time_inputs(RATE),
                 io.Boolean.Input(
                     "keep_norm",
                     default=False,
                     advanced=True,
                     tooltip="Hold every vector at its starting length (1 times its start).",
                 ),
-                io.Combo.Input(
-                    "weighting",
-                    options=list(WEIGHTINGS),
-                    default="low frequencies",
-                    advanced=True,
-                    tooltip="Which noise levels count: low frequencies learns palette and paper too (weights up to 10); min-SNR 5 is the usual; uniform is all alike.",
-                ),
-                io.Int.Input(
-                    "size",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=8,
-                    advanced=True,
-                    tooltip="Pixels of the square that is trained on; 0 takes the model's own.",
-                ),
-                io.String.Input(
-                    "run",
-                    default="",
-                    advanced=True,
-                    tooltip="Folder under output/counterpoint for checkpoints and the log; empty makes one from the settings (8 characters of their hash).",
-                ),
+                *last_inputs(),
             ],
             outputs=[
                 EmbeddingType.Output(
                     display_name="embedding", tooltip="The new word: to Use Embedding or Save Embedding."
                 ),
-                io.LossMap.Output(
-                    display_name="loss_map",
-                    tooltip="For core's Plot Loss Graph; a mean over the last 20 steps at each point.",
-                ),
-                io.String.Output(display_name="report", tooltip="What was done, in a few lines."),
+                *loss_outputs(),
             ],
         )
 
     @classmethod
     def validate_inputs(cls, template):
-        (text,) = template  # a list, as everything that a node with is_input_list gets; None where it comes from a node
-        return True if text is None or text.count(TOKEN) == 1 else TEMPLATE
+        return template_fault(template) or True
 
     @classmethod
     def execute(cls, model, clip, vae, images, captions=None, negatives=None, **rest) -> io.NodeOutput:
         values = {k: v[0] for k, v in rest.items()}
-        job = Job(model[0], clip[0], vae[0], images, captions, negatives, values)
-        learned, records, report = job.run()
-        curve = smoothed([r["loss"] for r in records])
-        return io.NodeOutput(
-            learned, {"loss": plottable(curve)}, report, ui={"text": [report], "counterpoint_loss": thinned(curve)}
-        )
-
-
-def smoothed(values: list[float], window: int = 20) -> list[float]:
-    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
-
-
-def plottable(curve: list[float]) -> list[float]:
-    """Core's plot divides by the range of what it gets."""
-    return curve if len(set(curve)) > 1 else [*(curve or [0.0]), (curve or [0.0])[-1] + 1e-6]
-
-
-def thinned(values: list[float]) -> list[float]:
-    """At most 500 points, for the browser."""
-    every = -(-len(values) // CURVE_POINTS) or 1
-    return values[::every]
+        return output(WordJob(model[0], clip[0], vae[0], images, captions, negatives, values))
 
 
 def defaults() -> dict:
@@ -273,209 +100,37 @@ def defaults() -> dict:
     return {i.id: i.default for i in TrainEmbedding.define_schema().inputs if isinstance(i, io.WidgetInput)}
 
 
-class Job:
-    """One press of Run on Train Embedding: checks, a private copy of the models, the loop, the result."""
+class WordJob(Job):
+    kind = "train-embedding"
 
-    def __init__(self, model, clip, vae, images, captions, negatives, values: dict):
-        self.model, self.clip, self.vae = model, clip, vae
-        self.family = family(model)
-        own = {"steps": self.family.steps, "vectors": self.family.vectors, "size": self.family.size}
-        self.values = values | {k: v for k, v in own.items() if not values[k]}
-        self.values["learning_rate"] = values["learning_rate"] or own_learning_rates(clip)
-        values, self.pixels = self.values, self.values["size"]
-        self.images = [picture for batch in images for picture in batch.split(1)]
-        self.negatives = [picture for batch in negatives for picture in batch.split(1)] if negatives else []
-        self.captions = list(captions or [])
-        self.settings = Settings(
-            method=values["method"], strength=values["strength"], steps=values["steps"], batch=values["batch"],
-            learning_rate=values["learning_rate"], keep_norm=values["keep_norm"],
-            weighting=values["weighting"], seed=values["seed"],
-        )  # fmt: skip
-        self.contrastive = self.settings.method != "plain" and self.settings.strength > 0
-        self.caption_use = values["caption_use"]
-        if self.caption_use == "auto":
-            self.caption_use = "caption" if self.captions and not self.contrastive else "template"
-        self._check()
+    def own_values(self) -> dict:
+        return {"vectors": self.family.vectors, "learning_rate": own_learning_rates(self.clip)}
 
-    def _check(self) -> None:
-        n = len(self.images)
-        if self.values["template"].count(TOKEN) != 1:
-            raise ValueError(TEMPLATE)
-        if not n:
-            raise ValueError("There are no pictures to learn from: connect Load Dataset or Pocket Pictures.")
-        if self.caption_use != "template" and len(self.captions) != n:
-            raise ValueError(
-                f"caption_use is {self.values['caption_use']!r} and there are {len(self.captions)} captions for {n} pictures: "
-                "give 1 each, or use 'template'."
-            )
-        if not self.contrastive:
-            self.negatives = []
-            return
-        if len(self.negatives) != n:
-            raise ValueError(
-                f"The method {self.settings.method!r} needs 1 negative for each picture, and there are {len(self.negatives)} for {n}: "
-                f"connect Negative Set with the same captions, or choose 'plain'."
-            )
-        sizes = {tuple(i.shape[1:3]) for i in self.negatives}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"The negatives have different sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}): paint them all in one size."
-            )
+    def decides(self) -> dict:
+        return {"start": self.values["start"], "vectors": self.values["vectors"]}
 
-    def run(self) -> tuple[Embedding, list[dict], str]:
-        with self._open_run() as run:
-            stored = run.load_checkpoint()
-            if stored and stored[0] >= self.settings.steps:
-                return self._result(
-                    run, stored[1]["vectors"], stored[0], ["This run is complete: its result was taken from disk."]
-                )
-            return self._train(run)
-
-    def _open_run(self) -> Run:
-        decides = {k: v for k, v in asdict(self.settings).items() if k != "steps"}
-        config = {
-            **decides, "start": self.values["start"], "vectors": self.values["vectors"], "template": self.values["template"],
-            "caption_use": self.caption_use, "size": self.pixels, "images": images_hash(self.images),
-            "captions": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()[:16] if self.caption_use != "template" else "",
-            "negatives": images_hash(self.negatives), "model": fingerprint(self.model), "clip": fingerprint(self.clip), "vae": fingerprint(self.vae),
-        }  # fmt: skip
-        return Run(run_folder(self.values["run"], config), config, {"steps": self.settings.steps})
-
-    def _train(self, run: Run) -> tuple[Embedding, list[dict], str]:
-        settings = self.settings
-        latents = encode_pictures(self.vae, self.images, self.pixels)
-        negatives = encode_pictures(self.vae, self.negatives, self.pixels) if self.negatives else None
-        taken, given = self.model.model.latent_format.latent_channels, latents.shape[1]
-        if taken != given:
-            raise ValueError(
-                f"MODEL and VAE do not belong together: the model takes latents of {taken} channels and this VAE gives {given}. "
-                "Take both from the same checkpoint."
-            )
-        reporter, said = Reporter(settings.steps), []
-        with training_mode(), contextlib.ExitStack() as stack:
-            model, clip = private_model(self.model), private_clip(self.clip)
-            comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
-            device = model.load_device
-            prepared = [
-                None if x is None else model.model.process_latent_in(plain(x)).to(device) for x in (latents, negatives)
-            ]
-            captions = self.captions or [""] * len(self.images)
-            ways = ways_to_caption(captions, self.values["template"], self.caption_use)
-            encoder = ComfyTextEncoder(clip)
-            start = {
-                k: v.to(device) for k, v in starting_vectors(clip, self.values["start"], self.values["vectors"]).items()
-            }
-            with torch.no_grad():
-                check_belong_together(model, encoder.encode([ways[0][0]], [start]))
-            trainer = TextualInversion(
-                ComfyDenoiser(model), encoder, prepared[0], ways, start, replace(settings), prepared[1]
-            )
-            trainer.settings.batch, memory = self._fitting_batch(trainer, model.load_device)
-            reporter.say(
-                f"Training {run.folder.name}: {settings.steps} steps of {trainer.settings.batch} pictures, {memory}."
-            )
-            if trainer.settings.batch < settings.batch:
-                said.append(
-                    f"{trainer.settings.batch} instead of {settings.batch} pictures per step, to fit into memory."
-                )
-            steps = stack.enter_context(contextlib.closing(train(trainer, run, settings.steps)))
-            done, problem = self._follow(steps, trainer, reporter, model, clip, run, memory)
-            vectors = {k: v.detach().cpu().clone() for k, v in trainer.vectors.items()}
-        if problem:
-            said.append(problem)
-        result = self._result(run, vectors, done, said)
-        reporter.say(result[-1])
-        return result
-
-    def _follow(self, steps, trainer, reporter: Reporter, model, clip, run: Run, memory: str) -> tuple[int, str]:
-        done, announced = (run.load_checkpoint() or (0,))[0], False
-        try:
-            for progress in steps:
-                done = progress.step
-                if not announced and progress.seconds > 1.0:
-                    announced = True
-                    reporter.say(
-                        f"Training {run.folder.name}: about {duration(progress.eta)} for {progress.steps - progress.step} more steps, {memory}."
-                    )
-                reporter.update(progress, self._preview(progress.step, trainer, model, clip, run))
-                if reporter.finishing():
-                    return done, f"Finished early, at step {done} of {progress.steps}, because you asked."
-        except Diverged as error:
-            reporter.say(
-                text
-                := f"{error}: training stopped at step {done} and kept the last good state. Try a smaller learning rate."
-            )
-            return done, text
-        return done, ""
-
-    def _preview(self, step: int, trainer, model, clip, run: Run):
-        """Four pictures of the word as it is now; also kept in the run's folder."""
-        every, snapshots = self.values["preview_every"], self.values["snapshot_every"]
-        vectors = {k: v.detach() for k, v in trainer.vectors.items()}
-        if snapshots and step % snapshots == 0:
-            snapshot = Embedding({k: v.cpu() for k, v in vectors.items()}, run.folder.name, {"step": step})
-            files.artefact.write_whole(
-                run.folder / "snapshots" / f"step-{step:06d}.safetensors", files.to_bytes(snapshot)
-            )
-        if not every or step % every or step == self.settings.steps:
-            return None
+    def trainer(self, denoiser, model, clip, latents, ways, negatives) -> TextualInversion:
+        found, encoder = starting_vectors(clip, self.values["start"], self.values["vectors"]), ComfyTextEncoder(clip)
+        start = {k: v.to(latents.device) for k, v in found.items()}
         with torch.no_grad():
-            words = with_embeddings(clip, {"preview": vectors})
-            cond = words.encode_from_tokens_scheduled(words.tokenize(spell(self.values["template"], "preview")))
-            empty = words.encode_from_tokens_scheduled(words.tokenize(""))
-            recipe = Recipe("", self.pixels, self.pixels, 1, 12, self.family.cfg, "euler", "normal")
-            pictures = self.vae.decode(sample(model, [cond] * 4, empty, recipe, [0, 1, 2, 3])).movedim(-1, 1)
-        picture = sheet([pictures], columns=2)
-        (run.folder / "previews").mkdir(exist_ok=True)
-        picture.save(run.folder / "previews" / f"step-{step:06d}.jpg", quality=90)
-        return picture
+            check_belong_together(model, encoder.encode([ways[0][0]], [start]))
+        return TextualInversion(denoiser, encoder, latents, ways, start, self.settings, negatives)
 
-    def _fitting_batch(self, trainer: TextualInversion, device) -> tuple[int, str]:
-        """How many pictures per step fit beside the private copies, and what they take, in words."""
-        free = comfy.model_management.get_free_memory(device)
-        try:
-            per_picture = trainer.memory_per_picture()
-        except comfy.model_management.OOM_EXCEPTION:
-            per_picture = free  # it tried two pictures; one may fit
-        batch = min(self.settings.batch, int(free // per_picture))
-        if batch == 0:
-            raise ValueError(
-                f"Training at {self.pixels} pixels needs about {size(per_picture)} beside the model and {size(free)} are free: "
-                f"choose a smaller size than {self.pixels}, or close what else uses the memory."
-            )
-        return batch, f"about {size(batch * per_picture)} of the {size(free)} of memory that are free"
+    @contextlib.contextmanager
+    def previewed(self, learned: Tensors, model, clip) -> Iterator[tuple]:
+        yield with_embeddings(clip, {"preview": learned}), spell(self.values["template"], "preview")
 
-    def _result(self, run: Run, vectors, steps: int, said: list[str]) -> tuple[Embedding, list[dict], str]:
-        facts = {
-            "counterpoint": "textual inversion", "method": self.settings.method, "strength": self.settings.strength, "steps": steps,
-            "seed": self.settings.seed, "start": self.values["start"], "template": self.values["template"],
-            "base_model": fingerprint(self.model), "base_clip": fingerprint(self.clip),
-        }  # fmt: skip
-        learned = Embedding({k: v.float() for k, v in vectors.items()}, run.folder.name, facts)
-        records = run.history(steps)
-        rates = self.settings.learning_rates(vectors)
-        rate = (
-            ", ".join(f"{r:g} for {k}" for k, r in rates.items())
-            if len(set(rates.values())) > 1
-            else f"{rates[next(iter(rates))]:g}"
+    def file(self, learned: Tensors, name: str, facts: dict) -> bytes:
+        return files.to_bytes(Embedding(learned, name, facts))
+
+    def result(self, learned: Tensors, name: str, facts: dict) -> tuple[Embedding, str]:
+        facts = {"counterpoint": "textual inversion", "start": self.values["start"], **facts}
+        made = Embedding({k: v.float() for k, v in learned.items()}, name, facts)
+        rates = self.settings.learning_rates(made.vectors)
+        by_encoder = (
+            [f"{r:g} for {k}" for k, r in rates.items()] if len(rates) > 1 else [f"{r:g}" for r in rates.values()]
         )
-        report = (
-            f"{self.settings.method} on {self.family.name}, {steps} steps on {len(self.images)} pictures at {self.pixels}, "
-            f"each with {CAPTIONED[self.caption_use]}, {learned.count} vector{'s' * (learned.count > 1)}, learning rate {rate}, "
-            f"run {run.folder.name}. " + " ".join([self.family.warning, *said])
-        )
-        return learned, records, report.strip()
-
-
-def run_folder(name: str, config: dict) -> Path:
-    """output/counterpoint/<name>; without a name one that belongs to these settings."""
-    root = (Path(folder_paths.get_output_directory()) / "counterpoint").resolve()
-    folder = (root / (name.strip() or f"train-embedding-{config_hash(config)[:8]}")).resolve()
-    if root not in folder.parents:
-        raise ValueError(
-            f"The run's name {name!r} would leave ComfyUI's output folder: use a plain name such as 'my-style'."
-        )
-    return folder
+        return made, f"{made.count} vector{'s' * (made.count > 1)}, learning rate {', '.join(by_encoder)}"
 
 
 NODES = [TrainEmbedding]

@@ -12,20 +12,21 @@ def dot(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
     return sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True))
 
 
-def project_out(positive: list[torch.Tensor], negative: list[torch.Tensor], strength: float = 1.0, one_sided: bool = False
-                ) -> tuple[list[torch.Tensor], dict[str, float]]:  # fmt: skip
-    """g+ - strength * ((g+ . n) / (n . n)) n for each encoder by itself, and what was done.
+def project_out(positive: list[torch.Tensor], negative: list[torch.Tensor], strength: float = 1.0, one_sided: bool = False,
+                together: bool = False) -> tuple[list[torch.Tensor], dict[str, float]]:  # fmt: skip
+    """g+ - strength * ((g+ . n) / (n . n)) n for each tensor by itself, or `together` over all, and what was done.
 
-    NSYNC, section 3 (arXiv 2511.01517) with strength 1. `one_sided` leaves an encoder's gradient alone where g+ . n < 0:
-    the negatives do not ask for the same thing there. Nothing is removed along an n shorter than 1e-12.
-    Returns the cosine of the two gradients and the fraction of |g+| removed, both over all encoders.
+    NSYNC, section 3 (arXiv 2511.01517) with strength 1. `one_sided` leaves a gradient alone where g+ . n < 0: the
+    negatives do not ask for the same thing there. Nothing is removed along an n shorter than 1e-12.
+    Returns the cosine of the two gradients and the fraction of |g+| removed, both over all tensors.
     """
+    whole = dot(positive, negative), dot(negative, negative)
     out = []
     for g, n in zip(positive, negative, strict=True):
-        shared, size = dot([g], [n]), dot([n], [n])
+        shared, size = whole if together else (dot([g], [n]), dot([n], [n]))
         skip = size <= TINY**2 or (one_sided and shared <= 0)
         out.append(g if skip else g - strength * (shared / size).to(g.dtype) * n)
-    norms = dot(positive, positive).sqrt(), dot(negative, negative).sqrt()
-    cosine = (dot(positive, negative) / (norms[0] * norms[1]).clamp_min(TINY**4)).item()
+    norms = dot(positive, positive).sqrt(), whole[1].sqrt()
+    cosine = (whole[0] / (norms[0] * norms[1]).clamp_min(TINY**4)).item()
     removed = dot(*[[g - u for g, u in zip(positive, out, strict=True)]] * 2).sqrt() / norms[0].clamp_min(TINY)
     return out, {"cosine": cosine, "removed": removed.item()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,6 +18,13 @@ class Conditioning(NamedTuple):
 
     def expand(self, rows: list[int]) -> Conditioning:
         return Conditioning(self.states[rows], None if self.pooled is None else self.pooled[rows])
+
+    @staticmethod
+    def stacked(parts: list[Conditioning]) -> Conditioning:
+        """As one batch. Shorter ones are repeated whole to a common length, as core does: cross-attention sees no change."""
+        longest = math.lcm(*(part.states.shape[1] for part in parts))
+        states = torch.cat([part.states.repeat(1, longest // part.states.shape[1], 1) for part in parts])
+        return Conditioning(states, None if parts[0].pooled is None else torch.cat([part.pooled for part in parts]))
 
 
 class Denoiser(Protocol):

@@ -108,7 +108,7 @@ class Laboratory:
         negatives = None if arm["method"] == "plain" else self.negatives_of(seed, captions)
         given = {"preview_every": 0, "caption_use": "template", **arm, "seed": seed}
         values = {**train.defaults(), **given}
-        learned, records, _ = train.Job(self.model, self.clip, self.vae, images, captions, negatives, values).run()
+        learned, records, _ = train.WordJob(self.model, self.clip, self.vae, images, captions, negatives, values).run()
         return learned, records
 
     def recipe(self, seed: int):

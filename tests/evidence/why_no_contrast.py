@@ -67,11 +67,11 @@ def gradients(laboratory, images: list, negatives: list, seed: int):
     """(batches, width) each: gradients at the start on the pictures and, with the same noise, on their negatives."""
     import comfy.model_management
     import torch
-    from counterpoint.nodes import bridge, train_embedding
+    from counterpoint.nodes import bridge, training_job
     from counterpoint.training.latents import draw
     from counterpoint.training.textual_inversion import Settings, TextualInversion
 
-    latents = [train_embedding.encode_pictures(laboratory.vae, each, 128) for each in (images, negatives)]
+    latents = [training_job.encode_pictures(laboratory.vae, each, 128) for each in (images, negatives)]
     with bridge.training_mode():
         model, clip = bridge.private_model(laboratory.model), bridge.private_clip(laboratory.clip)
         comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)

@@ -121,7 +121,7 @@ def test_captions_can_be_used(graph, use, template):
     "template", ["a picture in the style of {token}", "{token} art", "{token} in the style of a child"]
 )
 def test_every_way_of_captioning_has_the_word_once(pack, use, template):
-    ways = pack.nodes.train_embedding.ways_to_caption(["a red cube", " a dog. ", ""], template, use)
+    ways = pack.nodes.training_job.ways_to_caption(["a red cube", " a dog. ", ""], template, use)
     assert len(ways) == 3 and [len(w) for w in ways] == [2 if use == "dropout" else 1] * 3
     assert all(caption.count("{token}") == 1 for each in ways for caption in each), ways
     assert (template in ways[0]) == (use != "caption") and any("a red cube" in caption for caption in ways[0]) == (
@@ -141,7 +141,7 @@ def test_every_way_of_captioning_has_the_word_once(pack, use, template):
 )
 def test_auto_uses_captions_where_there_are_some_and_no_contrast(graph, inputs, used):
     run = graph(prompt(steps=2, **{"caption_use": "auto", **inputs}))
-    assert f"each with {used}, run" in run.value("4", 2)
+    assert f"each with {used}, " in run.value("4", 2)
 
 
 def test_the_packs_own_word_is_found_by_every_clip(graph):

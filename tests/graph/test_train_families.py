@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.training import node, one_sentence, prompt, vectors
+from harness.training import node, one_sentence, prompt
 
 NAMES = {"SD1.5": "SD 1.5", "SD2": "SD 2", "SDXL": "SDXL", "SDXL, v": "SDXL", "SD3.5": "SD 3", "FLUX.1": "FLUX.1"}
 

@@ -28,7 +28,7 @@ def test_cancel_stops_within_a_step_and_resuming_is_as_if_it_had_not(graph, pack
             "2": node("PreviewAny", source=["1", 0]),
         }
     )
-    assert vectors(snapshot, "1").equal(kept["state"]["vectors"]["clip_l"])
+    assert vectors(snapshot, "1").equal(kept["state"]["learned"]["clip_l"])
     rest = Graph()(prompt(run="cut", method=method, steps=9))
     assert steps(rest) == list(range(kept["step"] + 1, 10))
     assert vectors(rest).equal(vectors(whole)) and rest.value("4", 1) == whole.value("4", 1)

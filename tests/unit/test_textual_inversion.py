@@ -181,10 +181,10 @@ def test_one_sided_and_two_sided_cases_both_occur(ti):
 
 @pytest.mark.parametrize("method", METHODS[1:])
 @pytest.mark.parametrize("k, encoders", [(1, 1), (4, 1), (1, 2), (4, 2)])
-def test_one_stacked_pass_is_as_good_as_two(ti, method, k, encoders):
+def test_one_stacked_pass_is_as_good_as_two(pack, ti, method, k, encoders):
     trainer = make(ti, method=method, k=k, encoders=encoders)
     trainer.vectors["clip_l"].data += 0.5  # away from the start, so that the two reference points differ
-    batch = ti.draw(trainer.latents, trainer.denoiser, 3, torch.Generator().manual_seed(8))
+    batch = pack.training.latents.draw(trainer.latents, trainer.denoiser, 3, torch.Generator().manual_seed(8))
     captions = [f"picture {r} {{token}}" for r in batch.rows]
     _, positive, negative = trainer._gradients(batch, captions)
     at = trainer.start if method == "reference point" else trainer.vectors

@@ -1,0 +1,451 @@
+"""One press of Run on a training node, whatever it trains: inputs, checks, private copies, the loop, previews, the report."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..training import artefact
+from ..training.contrast import METHODS, Contrast, Settings, Tensors
+from ..training.features import images_hash
+from ..training.loop import Diverged, train
+from ..training.losses import WEIGHTINGS
+from ..training.memory import duration, size
+from ..training.run import Run, config_hash
+from ..training.sheet import sheet
+from .bridge import TOKEN, ComfyDenoiser, family, fingerprint, plain, private_clip, private_model, training_mode
+from .generate import Recipe, sample
+from .progress import Reporter
+
+CAPTION_USES = ("auto", "template", "caption", "dropout")
+CAPTIONED = {"template": "the template", "caption": "its caption", "dropout": "its caption or the template"}
+CURVE_POINTS = 500
+TEMPLATE = f"The template needs {TOKEN} once, as in 'a picture in the style of {TOKEN}'."
+
+
+def template_fault(template: list[str | None]) -> str:
+    """What is wrong with the template of a node that takes lists; None comes from another node and is looked at later."""
+    (text,) = template
+    return "" if text is None or text.count(TOKEN) == 1 else TEMPLATE
+
+
+def ways_to_caption(captions: list[str], template: str, use: str) -> list[list[str]]:
+    """For each picture the captions that training may draw: the template alone, the caption in it, or either.
+
+    A picture without a caption has the template.
+    """
+    found = template.find("in the style")
+    tail = f" {template[found:]}" if found >= 0 and TOKEN in template[found:] else f", {TOKEN}"
+    described = [c.strip() + tail if c.strip() else template for c in captions]
+    return {
+        "template": [[template] for _ in captions],
+        "caption": [[d] for d in described],
+        "dropout": [[template, d] for d in described],
+    }[use]
+
+
+def fit_size(image: torch.Tensor, pixels: int) -> torch.Tensor:
+    """(1, H, W, C) -> (1, pixels, pixels, 3): the smaller side fitted, the middle kept."""
+    x = image[..., :3].movedim(-1, 1)
+    return comfy.utils.common_upscale(x, pixels, pixels, "lanczos", "center").movedim(1, -1)
+
+
+def encode_pictures(vae, images: list[torch.Tensor], pixels: int) -> torch.Tensor:
+    """Latents (n, C, h, w) of single pictures, on the CPU, as ordinary tensors."""
+    return torch.cat([plain(vae.encode(fit_size(image, pixels))).cpu() for batch in images for image in batch.split(1)])
+
+
+# Inputs. Their order is that of values in saved graphs.
+
+
+def picture_inputs(learns: str) -> list:
+    """Models, pictures, captions, negatives, and the method."""
+    return [
+        io.Model.Input("model", tooltip=f"The model that learns {learns}; it is not changed. 1 model."),
+        io.Clip.Input("clip", tooltip="From the same checkpoint; it is not changed."),
+        io.Vae.Input("vae", tooltip="From the same checkpoint."),
+        io.Image.Input("images", tooltip="Pictures in the style: 12 to 24 are enough, 1 is the least."),
+        io.String.Input(
+            "captions",
+            force_input=True,
+            optional=True,
+            tooltip="What is in each picture, 1 caption each, without its style.",
+        ),
+        io.Image.Input("negatives", optional=True, tooltip="From Negative Set: 1 for each picture, in the same order."),
+        io.Combo.Input(
+            "method",
+            options=list(METHODS),
+            default="plain",
+            tooltip="plain: textual inversion, negatives (0 of them needed) are not used. paper: NSYNC as published, g+ minus its part along g-. "
+            "reference point: the negative gradient is taken where the word began and removed where both agree.",
+        ),
+        io.Float.Input(
+            "strength",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="How much of what is shared with the negatives is removed; 0 is plain.",
+        ),
+    ]
+
+
+def caption_inputs() -> list:
+    return [
+        io.String.Input(
+            "template",
+            default=f"a picture in the style of {TOKEN}",
+            tooltip="The caption it learns with; {token} must stand in it once (1 time).",
+        ),
+        io.Combo.Input(
+            "caption_use",
+            options=list(CAPTION_USES),
+            default="auto",
+            tooltip="caption: your captions before 'in the style of {token}', so that the word need not say what is in the pictures. "
+            "template: the template alone. dropout: either, half (50 %) of the time each. auto: caption for the method plain where "
+            "there are captions, template for contrast, to which complete captions leave nothing to teach.",
+        ),
+    ]
+
+
+def time_inputs(rate: str) -> list:
+    """How long and how fast; `rate` says what a learning rate of 0 takes."""
+    return [
+        io.Int.Input(
+            "steps",
+            default=0,
+            min=0,
+            max=20000,
+            tooltip="0 takes what suits the model: 200 for Pocket (about 1 minute on two cores), 1000 for SD 1.5, SD 2 and SDXL, "
+            "1500 for SD 3 and FLUX.1.",
+        ),
+        io.Int.Input(
+            "batch",
+            default=8,
+            min=1,
+            max=64,
+            tooltip="Pictures per step, and as many negatives; 8 is plenty. Made smaller if memory is short.",
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.0001,
+            round=0.00001,
+            tooltip=rate,
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**31,
+            control_after_generate=False,
+            tooltip="Another seed, another run: 0 and up.",
+        ),
+        io.Int.Input(
+            "preview_every",
+            default=50,
+            min=0,
+            max=10000,
+            advanced=True,
+            tooltip="Steps between preview pictures; 0 for none.",
+        ),
+        io.Int.Input(
+            "snapshot_every",
+            default=0,
+            min=0,
+            max=10000,
+            advanced=True,
+            tooltip="Steps between snapshots kept in the run's folder; 0 for none.",
+        ),
+    ]
+
+
+def last_inputs() -> list:
+    return [
+        io.Combo.Input(
+            "weighting",
+            options=list(WEIGHTINGS),
+            default="low frequencies",
+            advanced=True,
+            tooltip="Which noise levels count: low frequencies learns palette and paper too (weights up to 10); min-SNR 5 is the usual; uniform is all alike.",
+        ),
+        io.Int.Input(
+            "size",
+            default=0,
+            min=0,
+            max=4096,
+            step=8,
+            advanced=True,
+            tooltip="Pixels of the square that is trained on; 0 takes the model's own.",
+        ),
+        io.String.Input(
+            "run",
+            default="",
+            advanced=True,
+            tooltip="Folder under output/counterpoint for checkpoints and the log; empty makes one from the settings (8 characters of their hash).",
+        ),
+    ]
+
+
+def loss_outputs() -> list:
+    return [
+        io.LossMap.Output(
+            display_name="loss_map", tooltip="For core's Plot Loss Graph; a mean over the last 20 steps at each point."
+        ),
+        io.String.Output(display_name="report", tooltip="What was done, in a few lines."),
+    ]
+
+
+# The job
+
+
+class Job:
+    """What a kind of training adds is said in the methods that raise NotImplementedError."""
+
+    kind = ""  # first part of a run's folder
+
+    def __init__(self, model, clip, vae, images, captions, negatives, values: dict):
+        self.model, self.clip, self.vae = model, clip, vae
+        self.family = family(model)
+        own = {"steps": self.family.steps, "size": self.family.size, **self.own_values()}
+        self.values = values | {k: v for k, v in own.items() if not values[k]}
+        values, self.pixels = self.values, self.values["size"]
+        self.images = [picture for batch in images for picture in batch.split(1)]
+        self.negatives = [picture for batch in negatives for picture in batch.split(1)] if negatives else []
+        self.captions = list(captions or [])
+        self.settings = Settings(
+            method=values["method"], strength=values["strength"], steps=values["steps"], batch=values["batch"],
+            learning_rate=values["learning_rate"], weighting=values["weighting"], seed=values["seed"],
+            keep_norm=values.get("keep_norm", False), together=values.get("together", False),
+        )  # fmt: skip
+        self.contrastive = self.settings.method != "plain" and self.settings.strength > 0
+        self.caption_use = values["caption_use"]
+        if self.caption_use == "auto":
+            self.caption_use = "caption" if self.captions and not self.contrastive else "template"
+        self._check()
+
+    # What a kind of training adds
+
+    def own_values(self) -> dict:
+        """What a value of 0 stands for, beside steps and size."""
+        raise NotImplementedError
+
+    def decides(self) -> dict:
+        """Values that decide the result, beside the settings, the pictures and the models."""
+        raise NotImplementedError
+
+    def trainer(self, denoiser: ComfyDenoiser, model, clip, latents, ways, negatives) -> Contrast:
+        """On private copies, under training mode. Raises ValueError where MODEL and CLIP do not belong together."""
+        raise NotImplementedError
+
+    def previewed(self, learned: Tensors, model, clip) -> contextlib.AbstractContextManager[tuple]:
+        """While it lasts, `model` knows what was learned so far; gives a CLIP that does, and the prompt to paint with."""
+        raise NotImplementedError
+
+    def file(self, learned: Tensors, name: str, facts: dict) -> bytes:
+        """A snapshot as a file."""
+        raise NotImplementedError
+
+    def result(self, learned: Tensors, name: str, facts: dict):
+        """The node's first output, and a few words about it."""
+        raise NotImplementedError
+
+    # What they share
+
+    def _check(self) -> None:
+        n = len(self.images)
+        if self.values["template"].count(TOKEN) != 1:
+            raise ValueError(TEMPLATE)
+        if not n:
+            raise ValueError("There are no pictures to learn from: connect Load Dataset or Pocket Pictures.")
+        if self.caption_use != "template" and len(self.captions) != n:
+            raise ValueError(
+                f"caption_use is {self.values['caption_use']!r} and there are {len(self.captions)} captions for {n} pictures: "
+                "give 1 each, or use 'template'."
+            )
+        if not self.contrastive:
+            self.negatives = []
+            return
+        if len(self.negatives) != n:
+            raise ValueError(
+                f"The method {self.settings.method!r} needs 1 negative for each picture, and there are {len(self.negatives)} for {n}: "
+                f"connect Negative Set with the same captions, or choose 'plain'."
+            )
+        sizes = {tuple(i.shape[1:3]) for i in self.negatives}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"The negatives have different sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}): paint them all in one size."
+            )
+
+    def run(self) -> tuple[object, list[dict], str]:
+        """The result, a record for each step, and the report."""
+        with self._open_run() as run:
+            stored = run.load_checkpoint()
+            if stored and stored[0] >= self.settings.steps:
+                told = ["This run is complete: its result was taken from disk."]
+                return self._result(run, stored[1]["learned"], stored[0], told)
+            return self._train(run)
+
+    def _open_run(self) -> Run:
+        decides = {k: v for k, v in asdict(self.settings).items() if k != "steps"}
+        config = {
+            **decides, **self.decides(), "template": self.values["template"],
+            "caption_use": self.caption_use, "size": self.pixels, "images": images_hash(self.images),
+            "captions": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()[:16] if self.caption_use != "template" else "",
+            "negatives": images_hash(self.negatives), "model": fingerprint(self.model), "clip": fingerprint(self.clip), "vae": fingerprint(self.vae),
+        }  # fmt: skip
+        return Run(run_folder(self.values["run"], self.kind, config), config, {"steps": self.settings.steps})
+
+    def _train(self, run: Run) -> tuple[object, list[dict], str]:
+        settings = self.settings
+        latents = self._encode(self.images)
+        negatives = self._encode(self.negatives) if self.negatives else None
+        reporter, said = Reporter(settings.steps), []
+        with training_mode(), contextlib.ExitStack() as stack:
+            model, clip = private_model(self.model), private_clip(self.clip)
+            comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
+            prepared = [
+                None if x is None else model.model.process_latent_in(plain(x)).to(model.load_device)
+                for x in (latents, negatives)
+            ]
+            captions = self.captions or [""] * len(self.images)
+            ways = ways_to_caption(captions, self.values["template"], self.caption_use)
+            trainer = self.trainer(ComfyDenoiser(model), model, clip, prepared[0], ways, prepared[1])
+            trainer.settings = replace(settings)
+            trainer.settings.batch, memory = self._fitting_batch(trainer, model.load_device)
+            reporter.say(
+                f"Training {run.folder.name}: {settings.steps} steps of {trainer.settings.batch} pictures, {memory}."
+            )
+            if trainer.settings.batch < settings.batch:
+                said.append(
+                    f"{trainer.settings.batch} instead of {settings.batch} pictures per step, to fit into memory."
+                )
+            steps = stack.enter_context(contextlib.closing(train(trainer, run, settings.steps)))
+            done, problem = self._follow(steps, trainer, reporter, model, clip, run, memory)
+            learned = {k: v.detach().cpu().clone() for k, v in trainer.learned.items()}
+        if problem:
+            said.append(problem)
+        result = self._result(run, learned, done, said)
+        reporter.say(result[-1])
+        return result
+
+    def _encode(self, images: list[torch.Tensor]) -> torch.Tensor:
+        latents = encode_pictures(self.vae, images, self.pixels)
+        taken, given = self.model.model.latent_format.latent_channels, latents.shape[1]
+        if taken != given:
+            raise ValueError(
+                f"MODEL and VAE do not belong together: the model takes latents of {taken} channels and this VAE gives {given}. "
+                "Take both from the same checkpoint."
+            )
+        return latents
+
+    def _follow(self, steps, trainer, reporter: Reporter, model, clip, run: Run, memory: str) -> tuple[int, str]:
+        done, announced = (run.load_checkpoint() or (0,))[0], False
+        try:
+            for progress in steps:
+                done = progress.step
+                if not announced and progress.seconds > 1.0:
+                    announced = True
+                    reporter.say(
+                        f"Training {run.folder.name}: about {duration(progress.eta)} for {progress.steps - progress.step} more steps, {memory}."
+                    )
+                reporter.update(progress, self._preview(progress.step, trainer, model, clip, run))
+                if reporter.finishing():
+                    return done, f"Finished early, at step {done} of {progress.steps}, because you asked."
+        except Diverged as error:
+            reporter.say(
+                text
+                := f"{error}: training stopped at step {done} and kept the last good state. Try a smaller learning rate."
+            )
+            return done, text
+        return done, ""
+
+    def _preview(self, step: int, trainer: Contrast, model, clip, run: Run):
+        """Four pictures of what is learned so far; also kept in the run's folder."""
+        every, snapshots = self.values["preview_every"], self.values["snapshot_every"]
+        learned = {k: v.detach() for k, v in trainer.learned.items()}
+        if snapshots and step % snapshots == 0:
+            data = self.file({k: v.cpu() for k, v in learned.items()}, run.folder.name, {"step": step})
+            artefact.write_whole(run.folder / "snapshots" / f"step-{step:06d}.safetensors", data)
+        if not every or step % every or step == self.settings.steps:
+            return None
+        with torch.no_grad(), self.previewed(learned, model, clip) as (words, prompt):
+            cond, empty = (words.encode_from_tokens_scheduled(words.tokenize(text)) for text in (prompt, ""))
+            recipe = Recipe("", self.pixels, self.pixels, 1, 12, self.family.cfg, "euler", "normal")
+            pictures = self.vae.decode(sample(model, [cond] * 4, empty, recipe, [0, 1, 2, 3])).movedim(-1, 1)
+        picture = sheet([pictures], columns=2)
+        (run.folder / "previews").mkdir(exist_ok=True)
+        picture.save(run.folder / "previews" / f"step-{step:06d}.jpg", quality=90)
+        return picture
+
+    def _fitting_batch(self, trainer: Contrast, device) -> tuple[int, str]:
+        """How many pictures per step fit beside the private copies, and what they take, in words."""
+        free = comfy.model_management.get_free_memory(device)
+        try:
+            per_picture = trainer.memory_per_picture()
+        except comfy.model_management.OOM_EXCEPTION:
+            per_picture = free  # it tried two pictures; one may fit
+        batch = min(self.settings.batch, int(free // per_picture))
+        if batch == 0:
+            raise ValueError(
+                f"Training at {self.pixels} pixels needs about {size(per_picture)} beside the model and {size(free)} are free: "
+                f"choose a smaller size than {self.pixels}, or close what else uses the memory."
+            )
+        return batch, f"about {size(batch * per_picture)} of the {size(free)} of memory that are free"
+
+    def _result(self, run: Run, learned: Tensors, steps: int, said: list[str]) -> tuple[object, list[dict], str]:
+        facts = {
+            "method": self.settings.method, "strength": self.settings.strength, "steps": steps, "seed": self.settings.seed,
+            "template": self.values["template"], "base_model": fingerprint(self.model), "base_clip": fingerprint(self.clip),
+        }  # fmt: skip
+        result, about = self.result(learned, run.folder.name, facts)
+        report = (
+            f"{self.settings.method} on {self.family.name}, {steps} steps on {len(self.images)} pictures at {self.pixels}, "
+            f"each with {CAPTIONED[self.caption_use]}, {about}, run {run.folder.name}. "
+        )
+        return result, run.history(steps), (report + " ".join([self.family.warning, *said])).strip()
+
+
+def smoothed(values: list[float], window: int = 20) -> list[float]:
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def plottable(curve: list[float]) -> list[float]:
+    """Core's plot divides by the range of what it gets."""
+    return curve if len(set(curve)) > 1 else [*(curve or [0.0]), (curve or [0.0])[-1] + 1e-6]
+
+
+def thinned(values: list[float]) -> list[float]:
+    """At most 500 points, for the browser."""
+    every = -(-len(values) // CURVE_POINTS) or 1
+    return values[::every]
+
+
+def run_folder(name: str, kind: str, config: dict) -> Path:
+    """output/counterpoint/<name>; without a name one that belongs to these settings."""
+    root = (Path(folder_paths.get_output_directory()) / "counterpoint").resolve()
+    folder = (root / (name.strip() or f"{kind}-{config_hash(config)[:8]}")).resolve()
+    if root not in folder.parents:
+        raise ValueError(
+            f"The run's name {name!r} would leave ComfyUI's output folder: use a plain name such as 'my-style'."
+        )
+    return folder
+
+
+def output(job: Job) -> io.NodeOutput:
+    """Run it; what a training node returns."""
+    learned, records, report = job.run()
+    curve = smoothed([r["loss"] for r in records])
+    shown = {"text": [report], "counterpoint_loss": thinned(curve)}
+    return io.NodeOutput(learned, {"loss": plottable(curve)}, report, ui=shown)
