@@ -24,7 +24,7 @@ from .training_job import (
 )
 
 CATEGORY = "Counterpoint/lora"
-RATE = "0 takes 0.0005, which is usual for LoRA with Adam; Pocket, which is small, takes 0.002."
+RATE = "0 takes 0.0005, which is usual for LoRA with Adam; Pocket, which is small, takes 0.004."
 PREFIX = "diffusion_model."  # of core's names for what lies in a MODEL
 
 
@@ -36,7 +36,8 @@ class TrainStyleLora(io.ComfyNode):
             display_name="Train Style LoRA",
             category=CATEGORY,
             description="Teaches the model the style of your pictures as a LoRA: more room than a word has, for models and styles that a "
-            "word cannot reach. With negatives what your pictures show besides their style is kept out of it.",
+            "word cannot reach. Experimental: whether its negatives keep out what your pictures show besides their style is not measured.",
+            is_experimental=True,
             search_aliases=["lora training", "nsync", "learn style", "train style"],
             is_input_list=True,
             not_idempotent=True,
@@ -93,7 +94,7 @@ class LoraJob(Job):
     kind = "train-lora"
 
     def own_values(self) -> dict:
-        return {"learning_rate": 0.002 if self.family.name == "Pocket" else 0.0005}
+        return {"learning_rate": 0.004 if self.family.name == "Pocket" else 0.0005}
 
     def decides(self) -> dict:
         return {"trigger": self.values["trigger"], "rank": self.values["rank"]}
