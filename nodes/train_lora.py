@@ -57,6 +57,16 @@ class TrainStyleLora(io.ComfyNode):
                 ),
                 *caption_inputs(),
                 *time_inputs(RATE),
+                io.Float.Input(
+                    "hold",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="How firmly what the model paints without a prompt is held where it was (1 is as firmly as the style is learned), "
+                    "so that CFG strengthens the style. 0 lets it drift, and trains a fifth faster.",
+                ),
                 io.Boolean.Input(
                     "together",
                     default=False,

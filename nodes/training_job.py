@@ -228,6 +228,7 @@ class Job:
             method=values["method"], strength=values["strength"], steps=values["steps"], batch=values["batch"],
             learning_rate=values["learning_rate"], weighting=values["weighting"], seed=values["seed"],
             keep_norm=values.get("keep_norm", False), together=values.get("together", False),
+            hold=values.get("hold", 0.0),
         )  # fmt: skip
         self.contrastive = self.settings.method != "plain" and self.settings.strength > 0
         self.caption_use = values["caption_use"]

@@ -41,6 +41,7 @@ class Settings:
     )
     keep_norm: bool = False  # of a word: rescale each vector to its starting length after every step
     together: bool = False  # project over all tensors at once, not over each by itself
+    hold: float = 0.0  # of a LoRA: weight of staying where it was without a prompt
     weighting: str = "low frequencies"
     average: float = 0.9  # of the negative gradient over steps, `reference point` only
     seed: int = 0

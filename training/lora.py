@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .contrast import Contrast, Settings, Tensors
+from .latents import Draw
+from .losses import WEIGHTINGS
 from .protocols import Conditioning, Denoiser
 
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"  # as ComfyUI and most trainers name them
+HELD = 4  # one in so many pictures of a batch is also looked at without a prompt
 PROBE = 3  # rows of the batch that finds the layers; 1 and 2 could be other things
 
 
@@ -94,6 +97,24 @@ class StyleLora(Contrast):
     def error(self, latents, noise, sigma, captions: list[str], groups: list[Tensors]) -> torch.Tensor:
         with applied(self.network, groups):
             return super().error(latents, noise, sigma, captions, groups)
+
+    def _losses(self, batch: Draw, captions: list[str], groups: list[Tensors]) -> torch.Tensor:
+        """With `hold`, the first group's loss grows by how far the changed model is from the unchanged one on noisy pictures
+        without a prompt. Guidance paints the difference between prompt and none: if a LoRA moved both alike, more guidance
+        would not strengthen what it learned."""
+        losses = super()._losses(batch, captions, groups)
+        if not self.settings.hold:
+            return losses
+        count = max(1, len(batch.rows) // HELD)
+        rows = self.latents[batch.rows[:count]], batch.noise[:count], batch.sigma[:count]
+        nothing = self.conditions([""] * count, [{}])
+        with torch.no_grad():
+            before = self.denoiser.error(*rows, nothing)
+        with applied(self.network, groups[:1]):
+            drift = self.denoiser.error(*rows, nothing) - before
+        weights = WEIGHTINGS[self.settings.weighting](self.denoiser.snr(rows[2]))
+        held = (drift.float().square().flatten(1).mean(1) * weights).mean()
+        return torch.cat([losses[:1] + self.settings.hold * held, losses[1:]])
 
     def size(self) -> dict[str, float]:
         """`norm`: Frobenius norm of all changes up @ down together."""

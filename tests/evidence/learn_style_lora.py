@@ -3,8 +3,7 @@
     python dev.py evidence learn_style_lora --screen       every arm, one seed
     python dev.py evidence learn_style_lora                every arm, three fresh seeds
 
-The pictures, negatives and questions are those of `learn_style`; the node's defaults, trigger "picture". Not run yet: at the
-CFG of 4 that words are judged with, a LoRA shows little of its style, because it moves the picture without a prompt too.
+The pictures, negatives and questions are those of `learn_style`; the node's defaults, trigger "picture". Not run yet.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ ARMS = {
     "reference point": {"method": "reference point"},
     "reference point, together": {"method": "reference point", "together": True},
     "plain, captions": {"method": "plain", "caption_use": "caption"},
+    "plain, captions, not held": {"method": "plain", "caption_use": "caption", "hold": 0.0},
 }
 CLAIM = Claim(
     name="learn_style_lora",

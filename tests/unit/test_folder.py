@@ -5,22 +5,20 @@ import struct
 import sys
 import zlib
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
 
-WHITE = (1.0, 1.0, 1.0)
-RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+WHITE, RED, GREEN, BLUE = (1.0, 1.0, 1.0), (255, 0, 0), (0, 255, 0), (0, 0, 255)
 FORMATS = {"png": {}, "jpg": {"quality": 95}, "webp": {"lossless": True}, "bmp": {}, "gif": {}, "tif": {}, "avif": {}}
 LOSSY = {"jpg", "avif"}
 links = pytest.mark.skipif(os.name == "nt", reason="links need special rights on Windows")
 
 
 @pytest.fixture
-def files(pack) -> ModuleType:
+def files(pack):
     return pack.training.folder
 
 
@@ -53,7 +51,7 @@ def names(listing) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_is_read(files: ModuleType, tmp_path: Path, kind: str):
+def test_every_format_is_read(files, tmp_path: Path, kind: str):
     if kind == "avif" and "AVIF" not in files.FORMATS:
         pytest.skip("this Pillow reads no AVIF")
     Image.fromarray(gradient()).save(file := tmp_path / f"a.{kind}", **FORMATS[kind])
@@ -384,7 +382,7 @@ def test_the_fingerprint_knows_what_changed(files, roots):
 # Captions, masks, sizes
 
 
-def one(files: ModuleType, folder: Path, **how):
+def one(files, folder: Path, **how):
     """The only picture of a folder, loaded."""
     (entry,) = files.list_pictures(folder, False, [folder]).entries
     return files.load(entry, files.How(**how))

@@ -132,3 +132,30 @@ def test_it_learns_and_the_model_stays_as_it_was(pack, family, setting, method, 
     }
     assert said[-1]["norm"] == pytest.approx(sum(c.square().sum() for c in changes.values()).sqrt().item(), rel=1e-3)
     assert unchanged(before, shared.model)
+
+
+def test_hold_adds_how_far_the_picture_without_a_prompt_has_moved(pack, family, setting):
+    """Written out: the mean square of changed less unchanged prediction on the first picture, weighted as the loss is."""
+    _, model, network, encoder, _, start = setting
+    contrast, lora, draw = pack.training.contrast, pack.training.lora, pack.training.latents.draw
+
+    def trainer(hold: float):
+        settings = contrast.Settings(method="plain", batch=4, hold=hold, weighting="min-SNR")
+        pictures = numbers(4, family.channels, 8, 8)
+        return lora.StyleLora(
+            model, network, lambda c: encoder.encode([c], [{}]), pictures, [["a cat"]] * 4, start, settings
+        )
+
+    held, free = trainer(2.0), trainer(0.0)
+    drawn = draw(held.latents, model, 4, torch.Generator().manual_seed(1))
+    leaves = moved(start, 5)
+    with torch.no_grad():
+        with_hold, without = (t._losses(drawn, ["a cat"] * 4, [leaves])[0] for t in (held, free))
+        at_rest = held._losses(drawn, ["a cat"] * 4, [start])[0] - free._losses(drawn, ["a cat"] * 4, [start])[0]
+        one = held.latents[drawn.rows[:1]], drawn.noise[:1], drawn.sigma[:1], encoder.encode([""], [{}])
+        before = model.error(*one)
+        with lora.applied(network, [leaves]):
+            drift = (model.error(*one) - before).square().mean()
+        snr = model.snr(drawn.sigma[:1])
+    assert at_rest == 0 and drift > 0
+    assert (with_hold - without).item() == pytest.approx((2 * drift * snr.clamp(max=5) / snr).item(), rel=1e-4)
