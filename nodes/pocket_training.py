@@ -28,7 +28,7 @@ from ..training.pocket import clip, grammar, instance, judge, painter, pictures,
 from ..training.pocket.fit import Fit, in_shares, initialise, processes, rank
 from ..training.run import Run
 from ..training.sheet import save_sheet
-from . import pocket_card, pocket_models, train_embedding
+from . import pocket_card, pocket_models, train_embedding, training_job
 
 ROOT = Path(__file__).resolve().parents[1]
 VISION_STEPS, INSTANCE_STEPS = 6_000, 3_000
@@ -396,7 +396,7 @@ def learn_word(folder: Path) -> None:
         images = [i[None].movedim(1, -1) for i in painter.paint(scenes).image]
         captions = [grammar.content(scenes, i) for i in range(24)]
         models = pocket_models.load_model(), pocket_models.load_clip(), pocket_models.load_vae()
-        values = {**train_embedding.defaults(), "preview_every": 0}
+        values = {**training_job.defaults(train_embedding.TrainEmbedding), "preview_every": 0}
         learned, _, said = train_embedding.WordJob(*models, images, captions, None, values).run()
         log.info(said)
         file = pocket_models.MODELS / "embeddings" / f"{EXAMPLE_WORD}.safetensors"

@@ -90,14 +90,8 @@ class TrainStyleLora(io.ComfyNode):
         return template_fault(template) or True
 
     @classmethod
-    def execute(cls, model, clip, vae, images, captions=None, negatives=None, **rest) -> io.NodeOutput:
-        values = {k: v[0] for k, v in rest.items()}
-        return output(LoraJob(model[0], clip[0], vae[0], images, captions, negatives, values))
-
-
-def defaults() -> dict:
-    """What the node's widgets say when nobody has touched them."""
-    return {i.id: i.default for i in TrainStyleLora.define_schema().inputs if isinstance(i, io.WidgetInput)}
+    def execute(cls, **inputs) -> io.NodeOutput:
+        return output(LoraJob, **inputs)
 
 
 class LoraJob(Job):

@@ -444,9 +444,15 @@ def run_folder(name: str, kind: str, config: dict) -> Path:
     return folder
 
 
-def output(job: Job) -> io.NodeOutput:
-    """Run it; what a training node returns."""
-    learned, records, report = job.run()
+def defaults(node: type[io.ComfyNode]) -> dict:
+    """What a node's widgets say when nobody has touched them."""
+    return {i.id: i.default for i in node.define_schema().inputs if isinstance(i, io.WidgetInput)}
+
+
+def output(kind: type[Job], model, clip, vae, images, captions=None, negatives=None, **values) -> io.NodeOutput:
+    """Run a job on the inputs of a node that takes lists; what a training node returns."""
+    first = {k: v[0] for k, v in values.items()}
+    learned, records, report = kind(model[0], clip[0], vae[0], images, captions, negatives, first).run()
     curve = smoothed([r["loss"] for r in records])
     shown = {"text": [report], "counterpoint_loss": thinned(curve)}
     return io.NodeOutput(learned, {"loss": plottable(curve)}, report, ui=shown)

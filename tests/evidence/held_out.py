@@ -62,7 +62,7 @@ def learn(laboratory: Laboratory, scenes, seed: int):
     images = [i[None].movedim(1, -1) for i in laboratory.paint(scenes).image]
     captions = [laboratory.grammar.content(scenes, i) for i in range(len(scenes))]
     train = laboratory.nodes.train_embedding
-    values = {**train.defaults(), "preview_every": 0, "seed": seed}
+    values = {**laboratory.nodes.training_job.defaults(train.TrainEmbedding), "preview_every": 0, "seed": seed}
     models = laboratory.model, laboratory.clip, laboratory.vae
     learned, _, _ = train.WordJob(*models, images, captions, None, values).run()
     return laboratory.nodes.bridge.with_embeddings(laboratory.clip, {"word": learned.vectors})

@@ -107,7 +107,7 @@ class Laboratory:
         train, arm = self.nodes.train_embedding, ARMS[arm]
         negatives = None if arm["method"] == "plain" else self.negatives_of(seed, captions)
         given = {"preview_every": 0, "caption_use": "template", **arm, "seed": seed}
-        values = {**train.defaults(), **given}
+        values = {**self.nodes.training_job.defaults(train.TrainEmbedding), **given}
         learned, records, _ = train.WordJob(self.model, self.clip, self.vae, images, captions, negatives, values).run()
         return learned, records
 

@@ -47,7 +47,13 @@ def measure(laboratory: Laboratory, style: int, arm: str, seed: int) -> dict:
     train, given = laboratory.nodes.train_lora, ARMS[arm]
     shape, images, captions = laboratory.pictures(style, seed)
     negatives = None if given["method"] == "plain" else laboratory.negatives_of(seed, captions)
-    values = {**train.defaults(), "preview_every": 0, "caption_use": "template", **given, "seed": seed}
+    values = {
+        **laboratory.nodes.training_job.defaults(train.TrainStyleLora),
+        "preview_every": 0,
+        "caption_use": "template",
+        **given,
+        "seed": seed,
+    }
     unchanged = laboratory.model
     job = train.LoraJob(unchanged, laboratory.clip, laboratory.vae, images, captions, negatives, values)
     learned, records, _ = job.run()
