@@ -14,10 +14,11 @@ import comfy.model_management
 import comfy.supported_models
 import torch
 
-from ..training.embedding import Embedding
+from ..training.embedding import Embedding, by_word, word_name
 from ..training.protocols import Conditioning, Vectors
 
 TOKEN = "{token}"  # stands for the vectors in captions and templates
+TOKENS = re.compile(r"\{token(?::([A-Za-z0-9_-]+))?\}")  # {token:dog} stands for a second word, which starts as "dog"
 
 
 @contextlib.contextmanager
@@ -117,19 +118,21 @@ class ComfyTextEncoder:
         return Conditioning.stacked(made).expand(rows)
 
     def _encode_one(self, caption: str, leaves: Vectors) -> Conditioning:
-        clip = with_embeddings(self.clip, {self.name: leaves})
+        clip = with_embeddings(self.clip, {word_name(self.name, o): v for o, v in by_word(leaves).items()})
         tokens = clip.tokenize(spell(caption, self.name))
         return Conditioning(*clip.encode_from_tokens(tokens, return_pooled=True))
 
 
 def spell(caption: str, name: str) -> str:
-    """`{token}` as ComfyUI's own `embedding:name`, which must stand after a blank and end at one."""
-    before, found, after = caption.partition(TOKEN)
-    if not found:
-        return caption
-    gap = " " if before and not before[-1].isspace() else ""
-    stop = " " if after and not after[0].isspace() and after[0] != ")" else ""
-    return f"{before}{gap}embedding:{name}{stop}{spell(after, name)}"
+    """`{token}` as ComfyUI's own `embedding:name`, which must stand after a blank and end at one; `{token:dog}` is `name-dog`."""
+
+    def word(found: re.Match) -> str:
+        before, after = caption[: found.start()], caption[found.end() :]
+        gap = " " if before and not before[-1].isspace() else ""
+        stop = " " if after and not after[0].isspace() and after[0] != ")" else ""
+        return f"{gap}embedding:{word_name(name, found[1])}{stop}"
+
+    return TOKENS.sub(word, caption)
 
 
 def encoder_tokenizers(clip) -> dict[str, object]:
@@ -259,10 +262,19 @@ def own_learning_rates(clip) -> dict[str, float]:
 
 def vocabulary_scale(clip, key: str) -> float:
     """Root mean square of the numbers in the vectors of an encoder's words."""
+    return _vocabulary(clip, key).square().mean().sqrt().item()
+
+
+def usual_lengths(clip) -> dict[str, float]:
+    """Median length of the vectors of an encoder's words, by encoder."""
+    return {key: _vocabulary(clip, key).norm(dim=1).median().item() for key in encoder_tokenizers(clip)}
+
+
+def _vocabulary(clip, key: str) -> torch.Tensor:
+    """(n, width) vectors of words, at most about 8000 from everywhere in a large table."""
     table = encoder_module(clip, key).transformer.get_input_embeddings().weight
     known = getattr(encoder_tokenizers(clip)[key], "known_ids", None)  # Pocket's; others know every word
-    rows = table[sorted(known)] if known else table[:: max(1, len(table) // 4096)]
-    return plain(rows).float().square().mean().sqrt().item()
+    return plain(table[sorted(known)] if known else table[:: max(1, len(table) // 4096)]).float()
 
 
 def for_encoders(clip, vectors: Vectors) -> Vectors:
@@ -276,11 +288,12 @@ def check_embedding_fits(clip, embedding: Embedding) -> None:
     """ComfyUI drops vectors of another width with a warning in the log; this says it where it is seen."""
     embedding.vectors = for_encoders(clip, embedding.vectors)
     for key, tokenizer in encoder_tokenizers(clip).items():
-        if key in embedding.vectors and embedding.vectors[key].shape[-1] != tokenizer.embedding_size:
-            raise ValueError(
-                f"The embedding {embedding.name!r} has {embedding.vectors[key].shape[-1]} numbers per vector for {key}, and this CLIP "
-                f"takes {tokenizer.embedding_size}: it was learned on another kind of model."
-            )
+        for vectors in embedding.words(embedding.name).values():
+            if key in vectors and vectors[key].shape[-1] != tokenizer.embedding_size:
+                raise ValueError(
+                    f"The embedding {embedding.name!r} has {vectors[key].shape[-1]} numbers per vector for {key}, and this CLIP "
+                    f"takes {tokenizer.embedding_size}: it was learned on another kind of model."
+                )
     if not encoder_tokenizers(clip).keys() & embedding.vectors.keys():
         raise ValueError(
             f"The embedding {embedding.name!r} is for {', '.join(embedding.vectors)}, and this CLIP has {', '.join(encoder_tokenizers(clip))}."

@@ -50,7 +50,7 @@ class UseEmbedding(io.ComfyNode):
     def execute(cls, clip, embedding, name) -> io.NodeOutput:
         files.check_name(name)
         check_embedding_fits(clip, embedding)
-        return io.NodeOutput(with_embeddings(clip, {name: embedding.vectors}), f"embedding:{name}")
+        return io.NodeOutput(with_embeddings(clip, embedding.words(name)), f"embedding:{name}")
 
 
 class SaveEmbedding(io.ComfyNode):
@@ -81,8 +81,12 @@ class SaveEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, embedding, name, preview=None) -> io.NodeOutput:
-        saved = save(embedding, name, preview)
-        return io.NodeOutput(saved.stem, ui=ui.PreviewText(f"Saved. In prompts: embedding:{saved.stem}"))
+        first, *more = [
+            save(files.Embedding(vectors, word, embedding.facts), word, preview)
+            for word, vectors in embedding.words(name).items()
+        ]
+        said = " and ".join(f"embedding:{file.stem}" for file in (first, *more))
+        return io.NodeOutput(first.stem, ui=ui.PreviewText(f"Saved. In prompts: {said}"))
 
 
 def save(embedding: files.Embedding, name: str, preview: torch.Tensor | None = None) -> Path:
@@ -154,7 +158,7 @@ class LoadEmbedding(io.ComfyNode):
         file = source_file(embedding)
         if file.name == "checkpoint.safetensors":
             tree = artefact.read_tree(file)
-            return io.NodeOutput(files.Embedding(tree["state"]["learned"], file.parent.name, {"step": tree["step"]}))
+            return io.NodeOutput(files.Embedding.of(tree["state"]["learned"], file.parent.name, {"step": tree["step"]}))
         return io.NodeOutput(files.load(file))
 
 

@@ -397,7 +397,7 @@ def learn_word(folder: Path) -> None:
         captions = [grammar.content(scenes, i) for i in range(24)]
         models = pocket_models.load_model(), pocket_models.load_clip(), pocket_models.load_vae()
         values = {**training_job.defaults(train_embedding.TrainEmbedding), "preview_every": 0}
-        learned, _, said = train_embedding.WordJob(*models, images, captions, None, values).run()
+        learned, _, said, _ = train_embedding.WordJob(*models, images, captions, None, values).run()
         log.info(said)
         file = pocket_models.MODELS / "embeddings" / f"{EXAMPLE_WORD}.safetensors"
         named = embedding.Embedding(learned.vectors, EXAMPLE_WORD, learned.facts)

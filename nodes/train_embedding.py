@@ -13,17 +13,21 @@ from ..training.contrast import Tensors
 from ..training.embedding import Embedding
 from ..training.textual_inversion import TextualInversion
 from .bridge import (
+    TOKEN,
+    TOKENS,
     ComfyTextEncoder,
     check_belong_together,
     own_learning_rates,
     spell,
     starting_vectors,
+    usual_lengths,
     with_embeddings,
 )
 from .training_job import (
     Job,
     caption_inputs,
     last_inputs,
+    later_inputs,
     loss_outputs,
     output,
     picture_inputs,
@@ -68,7 +72,7 @@ class TrainEmbedding(io.ComfyNode):
                     "the model: 1 for Pocket, 4 elsewhere.",
                 ),
                 *caption_inputs(),
-                *time_inputs(RATE),
+                *time_inputs(RATE, snapshots=50),
                 io.Boolean.Input(
                     "keep_norm",
                     default=False,
@@ -76,6 +80,7 @@ class TrainEmbedding(io.ComfyNode):
                     tooltip="Hold every vector at its starting length (1 times its start).",
                 ),
                 *last_inputs(),
+                *later_inputs(),
             ],
             outputs=[
                 EmbeddingType.Output(
@@ -103,28 +108,45 @@ class WordJob(Job):
     def decides(self) -> dict:
         return {"start": self.values["start"], "vectors": self.values["vectors"]}
 
-    def trainer(self, denoiser, model, clip, latents, ways, negatives) -> TextualInversion:
-        found, encoder = starting_vectors(clip, self.values["start"], self.values["vectors"]), ComfyTextEncoder(clip)
-        start = {k: v.to(latents.device) for k, v in found.items()}
+    def trainer(self, denoiser, model, clip, latents, ways, negatives, masks) -> TextualInversion:
+        start, encoder = self._start(clip, latents.device, ways), ComfyTextEncoder(clip)
         with torch.no_grad():
             check_belong_together(model, encoder.encode([ways[0][0]], [start]))
-        return TextualInversion(denoiser, encoder, latents, ways, start, self.settings, negatives)
+        lengths = usual_lengths(clip)
+        usual = {k: lengths[k.rpartition("/")[2]] for k in start}
+        return TextualInversion(denoiser, encoder, latents, ways, start, self.settings, negatives, masks, usual)
+
+    def _start(self, clip, device, ways: list[list[str]]) -> Tensors:
+        """`{token}` starts as the phrase that was asked for, `{token:dog}` as "dog"; every word has as many vectors."""
+        others = sorted({other for way in ways for text in way for other in TOKENS.findall(text)} - {""})
+        phrases = {"": self.values["start"], **{f"{other}/": other.replace("_", " ") for other in others}}
+        found = {k: starting_vectors(clip, phrase, self.values["vectors"]) for k, phrase in phrases.items()}
+        return {before + k: v.to(device) for before, vectors in found.items() for k, v in vectors.items()}
 
     @contextlib.contextmanager
     def previewed(self, learned: Tensors, model, clip) -> Iterator[tuple]:
-        yield with_embeddings(clip, {"preview": learned}), spell(self.values["template"], "preview")
+        words = Embedding.of(learned, "", {}).words("preview")
+        yield with_embeddings(clip, words), spell(self.values["template"], "preview")
+
+    def unmoved(self, name: str) -> str:
+        other, _, encoder = name.rpartition("/")
+        return (
+            f"The vectors of {f'{{token:{other}}}' if other else TOKEN} for {encoder} did not move: that encoder's part does not reach the "
+            "model here (FLUX.1 reads of clip_l the first 77 tokens only: shorten the captions, or put {token} first)."
+        )
 
     def file(self, learned: Tensors, name: str, facts: dict) -> bytes:
-        return files.to_bytes(Embedding(learned, name, facts))
+        return files.to_bytes(Embedding.of(learned, name, facts))
 
     def result(self, learned: Tensors, name: str, facts: dict) -> tuple[Embedding, str]:
         facts = {"counterpoint": "textual inversion", "start": self.values["start"], **facts}
-        made = Embedding({k: v.float() for k, v in learned.items()}, name, facts)
+        made = Embedding.of(learned, name, facts)
         rates = self.settings.learning_rates(made.vectors)
         by_encoder = (
             [f"{r:g} for {k}" for k, r in rates.items()] if len(rates) > 1 else [f"{r:g}" for r in rates.values()]
         )
-        return made, f"{made.count} vector{'s' * (made.count > 1)}, learning rate {', '.join(by_encoder)}"
+        also = f" for each of {len(made.others) + 1} words" if made.others else ""
+        return made, f"{made.count} vector{'s' * (made.count > 1)}{also}, learning rate {', '.join(by_encoder)}"
 
 
 NODES = [TrainEmbedding]

@@ -11,11 +11,12 @@ from comfy_api.latest import io
 from ..training import artefact
 from ..training.contrast import Tensors
 from ..training.lora import DOWN, UP, StyleLora, applied, layers_of_the_batch, starting_matrices
-from .bridge import TOKEN, ComfyTextEncoder, Conditioning, check_belong_together
+from .bridge import TOKENS, ComfyTextEncoder, Conditioning, check_belong_together
 from .training_job import (
     Job,
     caption_inputs,
     last_inputs,
+    later_inputs,
     loss_outputs,
     output,
     picture_inputs,
@@ -56,7 +57,7 @@ class TrainStyleLora(io.ComfyNode):
                     tooltip="How much the LoRA can hold: 8 for a style, up to 256; the file grows with it.",
                 ),
                 *caption_inputs(),
-                *time_inputs(RATE),
+                *time_inputs(RATE, snapshots=250),
                 io.Float.Input(
                     "hold",
                     default=1.0,
@@ -75,6 +76,7 @@ class TrainStyleLora(io.ComfyNode):
                     "from all of them as one.",
                 ),
                 *last_inputs(),
+                *later_inputs(),
             ],
             outputs=[
                 io.Custom("LORA_MODEL").Output(
@@ -104,9 +106,10 @@ class LoraJob(Job):
         return {"trigger": self.values["trigger"], "rank": self.values["rank"]}
 
     def _say(self, text: str) -> str:
-        return text.replace(TOKEN, self.values["trigger"].strip())
+        """`{token}` is the trigger; `{token:dog}` is a dog."""
+        return TOKENS.sub(lambda found: found[1] or self.values["trigger"].strip(), text)
 
-    def trainer(self, denoiser, model, clip, latents, ways, negatives) -> StyleLora:
+    def trainer(self, denoiser, model, clip, latents, ways, negatives, masks) -> StyleLora:
         encoder, network = ComfyTextEncoder(clip), model.model.diffusion_model
         ways = [[self._say(way) for way in each] for each in ways]
 
@@ -130,7 +133,7 @@ class LoraJob(Job):
                 f"{type(model.model.model_config).__name__} has no linear layer that a LoRA could change: train a word instead."
             )
         start = starting_matrices(network, names, self.values["rank"], self.settings.seed)
-        return StyleLora(denoiser, network, encode, latents, ways, start, self.settings, negatives)
+        return StyleLora(denoiser, network, encode, latents, ways, start, self.settings, negatives, masks)
 
     @contextlib.contextmanager
     def previewed(self, learned: Tensors, model, clip) -> Iterator[tuple]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import comfy.model_management
 import comfy.utils
@@ -22,12 +23,16 @@ from ..training.losses import WEIGHTINGS
 from ..training.memory import duration, size
 from ..training.run import Run, config_hash
 from ..training.sheet import sheet
-from .bridge import TOKEN, ComfyDenoiser, family, fingerprint, plain, private_clip, private_model, training_mode
+from .bridge import TOKEN, TOKENS, ComfyDenoiser, family, fingerprint, plain, private_clip, private_model, training_mode
 from .generate import Recipe, sample
 from .progress import Reporter
 
 CAPTION_USES = ("auto", "template", "caption", "dropout")
 CAPTIONED = {"template": "the template", "caption": "its caption", "dropout": "its caption or the template"}
+RECOMMENDED, BEST = (
+    "recommended",
+    "plain",
+)  # with captions, which `auto` takes where there are some: evidence/learn_style
 CURVE_POINTS = 500
 TEMPLATE = f"The template needs {TOKEN} once, as in 'a picture in the style of {TOKEN}'."
 
@@ -41,11 +46,11 @@ def template_fault(template: list[str | None]) -> str:
 def ways_to_caption(captions: list[str], template: str, use: str) -> list[list[str]]:
     """For each picture the captions that training may draw: the template alone, the caption in it, or either.
 
-    A picture without a caption has the template.
+    A picture without a caption has the template. A caption that says {token} itself is left as it is.
     """
     found = template.find("in the style")
     tail = f" {template[found:]}" if found >= 0 and TOKEN in template[found:] else f", {TOKEN}"
-    described = [c.strip() + tail if c.strip() else template for c in captions]
+    described = [c.strip() if TOKEN in c else c.strip() + tail if c.strip() else template for c in captions]
     return {
         "template": [[template] for _ in captions],
         "caption": [[d] for d in described],
@@ -57,6 +62,12 @@ def fit_size(image: torch.Tensor, pixels: int) -> torch.Tensor:
     """(1, H, W, C) -> (1, pixels, pixels, 3): the smaller side fitted, the middle kept."""
     x = image[..., :3].movedim(-1, 1)
     return comfy.utils.common_upscale(x, pixels, pixels, "lanczos", "center").movedim(1, -1)
+
+
+def fit_mask(mask: torch.Tensor, pixels: int, latents: torch.Tensor) -> torch.Tensor:
+    """(1, H, W) -> (1, 1, h, w): the part of it that the picture keeps, as shares of the latent's places."""
+    x = comfy.utils.common_upscale(mask[:, None].float(), pixels, pixels, "bilinear", "center")
+    return torch.nn.functional.adaptive_avg_pool2d(x, latents.shape[-2:])
 
 
 def encode_pictures(vae, images: list[torch.Tensor], pixels: int) -> torch.Tensor:
@@ -83,10 +94,11 @@ def picture_inputs(learns: str) -> list:
         io.Image.Input("negatives", optional=True, tooltip="From Negative Set: 1 for each picture, in the same order."),
         io.Combo.Input(
             "method",
-            options=list(METHODS),
+            options=[*METHODS, RECOMMENDED],
             default="plain",
             tooltip="plain: textual inversion, negatives (0 of them needed) are not used. paper: NSYNC as published, g+ minus its part along g-. "
-            "reference point: the negative gradient is taken where the word began and removed where both agree.",
+            "reference point: the negative gradient is taken where the word began and removed where both agree. recommended: what did "
+            "best in our measurements, at present plain; the report says what was taken.",
         ),
         io.Float.Input(
             "strength",
@@ -117,8 +129,8 @@ def caption_inputs() -> list:
     ]
 
 
-def time_inputs(rate: str) -> list:
-    """How long and how fast; `rate` says what a learning rate of 0 takes."""
+def time_inputs(rate: str, snapshots: int) -> list:
+    """How long and how fast; `rate` says what a learning rate of 0 takes, `snapshots` how often one is kept."""
     return [
         io.Int.Input(
             "steps",
@@ -162,11 +174,11 @@ def time_inputs(rate: str) -> list:
         ),
         io.Int.Input(
             "snapshot_every",
-            default=0,
+            default=snapshots,
             min=0,
             max=10000,
             advanced=True,
-            tooltip="Steps between snapshots kept in the run's folder; 0 for none.",
+            tooltip="Steps between snapshots kept in the run's folder, for Snapshot Grid to choose from; 0 for none.",
         ),
     ]
 
@@ -198,16 +210,46 @@ def last_inputs() -> list:
     ]
 
 
+def later_inputs() -> list:
+    """Optional, so that prompts saved before they were there still run."""
+    return [
+        io.Mask.Input(
+            "masks",
+            optional=True,
+            tooltip="White where the pictures teach, black where they do not: 1 for each picture, or 1 for all.",
+        ),
+        io.Boolean.Input(
+            "mirror",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Learn from each picture and its mirror image (2 for 1), and so with its negative: not for lettering or faces.",
+        ),
+    ]
+
+
 def loss_outputs() -> list:
     return [
         io.LossMap.Output(
             display_name="loss_map", tooltip="For core's Plot Loss Graph; a mean over the last 20 steps at each point."
         ),
         io.String.Output(display_name="report", tooltip="What was done, in a few lines."),
+        io.String.Output(
+            display_name="run", tooltip="Name of the run's folder under output/counterpoint: to Snapshot Grid."
+        ),
     ]
 
 
 # The job
+
+
+class Done(NamedTuple):
+    """What a press of Run came to."""
+
+    learned: object
+    records: list[dict]  # one for each step
+    report: str
+    run: str  # name of its folder
 
 
 class Job:
@@ -215,14 +257,17 @@ class Job:
 
     kind = ""  # first part of a run's folder
 
-    def __init__(self, model, clip, vae, images, captions, negatives, values: dict):
+    def __init__(self, model, clip, vae, images, captions, negatives, values: dict, masks=None):
         self.model, self.clip, self.vae = model, clip, vae
         self.family = family(model)
         own = {"steps": self.family.steps, "size": self.family.size, **self.own_values()}
         self.values = values | {k: v for k, v in own.items() if not values[k]}
+        if values["method"] == RECOMMENDED:
+            self.values["method"] = BEST
         values, self.pixels = self.values, self.values["size"]
         self.images = [picture for batch in images for picture in batch.split(1)]
         self.negatives = [picture for batch in negatives for picture in batch.split(1)] if negatives else []
+        self.masks = [mask for batch in masks for mask in batch.split(1)] if masks else []
         self.captions = list(captions or [])
         self.settings = Settings(
             method=values["method"], strength=values["strength"], steps=values["steps"], batch=values["batch"],
@@ -230,11 +275,15 @@ class Job:
             keep_norm=values.get("keep_norm", False), together=values.get("together", False),
             hold=values.get("hold", 0.0),
         )  # fmt: skip
+        self.mirror = values.get("mirror", False)
         self.contrastive = self.settings.method != "plain" and self.settings.strength > 0
         self.caption_use = values["caption_use"]
         if self.caption_use == "auto":
             self.caption_use = "caption" if self.captions and not self.contrastive else "template"
         self._check()
+        captions = self.captions or [""] * len(self.images)
+        self.ways = ways_to_caption(captions, self.values["template"], self.caption_use)
+        self._check_tokens()
 
     # What a kind of training adds
 
@@ -246,13 +295,17 @@ class Job:
         """Values that decide the result, beside the settings, the pictures and the models."""
         raise NotImplementedError
 
-    def trainer(self, denoiser: ComfyDenoiser, model, clip, latents, ways, negatives) -> Contrast:
+    def trainer(self, denoiser: ComfyDenoiser, model, clip, latents, ways, negatives, masks) -> Contrast:
         """On private copies, under training mode. Raises ValueError where MODEL and CLIP do not belong together."""
         raise NotImplementedError
 
     def previewed(self, learned: Tensors, model, clip) -> contextlib.AbstractContextManager[tuple]:
         """While it lasts, `model` knows what was learned so far; gives a CLIP that does, and the prompt to paint with."""
         raise NotImplementedError
+
+    def unmoved(self, name: str) -> str:
+        """Why a tensor may have stayed where it was."""
+        return f"{name} was not changed."
 
     def file(self, learned: Tensors, name: str, facts: dict) -> bytes:
         """A snapshot as a file."""
@@ -275,6 +328,7 @@ class Job:
                 f"caption_use is {self.values['caption_use']!r} and there are {len(self.captions)} captions for {n} pictures: "
                 "give 1 each, or use 'template'."
             )
+        self._check_masks()
         if not self.contrastive:
             self.negatives = []
             return
@@ -289,8 +343,32 @@ class Job:
                 f"The negatives have different sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}): paint them all in one size."
             )
 
-    def run(self) -> tuple[object, list[dict], str]:
-        """The result, a record for each step, and the report."""
+    def _check_masks(self) -> None:
+        n = len(self.images)
+        if len(self.masks) not in (0, 1, n):
+            raise ValueError(f"There are {len(self.masks)} masks for {n} pictures: give 1 each, or 1 for all.")
+        self.masks = self.masks * n if len(self.masks) == 1 else self.masks
+        for i, (mask, picture) in enumerate(zip(self.masks, self.images, strict=bool(self.masks)), 1):
+            (h, w), (high, wide) = mask.shape[1:3], picture.shape[1:3]
+            if (h, w) != (high, wide) and mask.any():
+                raise ValueError(
+                    f"Mask {i} is {w}x{h} and its picture {wide}x{high}: give it a mask of the picture's own size."
+                )
+            if not fit_mask(mask, 64, torch.empty(8, 8)).any():
+                raise ValueError(
+                    f"Mask {i} is black where picture {i} is trained on, so nothing of it would be learned: paint white what is to be "
+                    "learned, or leave the masks away. (A picture without transparency comes with such a mask.)"
+                )
+
+    def _check_tokens(self) -> None:
+        asked = {t[0] for text in (self.values["template"], *self.captions) for t in TOKENS.finditer(text)}
+        if lost := sorted(asked - {t[0] for way in self.ways for text in way for t in TOKENS.finditer(text)}):
+            raise ValueError(
+                f"{lost[0]} stands in no caption that is learned from (each picture has {CAPTIONED[self.caption_use]}), so it would learn "
+                "nothing: write it into the captions, or choose another caption_use."
+            )
+
+    def run(self) -> Done:
         with self._open_run() as run:
             stored = run.load_checkpoint()
             if stored and stored[0] >= self.settings.steps:
@@ -305,13 +383,15 @@ class Job:
             "caption_use": self.caption_use, "size": self.pixels, "images": images_hash(self.images),
             "captions": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()[:16] if self.caption_use != "template" else "",
             "negatives": images_hash(self.negatives), "model": fingerprint(self.model), "clip": fingerprint(self.clip), "vae": fingerprint(self.vae),
+            **({"masks": images_hash(self.masks)} if self.masks else {}), **({"mirror": True} if self.mirror else {}),
         }  # fmt: skip
         return Run(run_folder(self.values["run"], self.kind, config), config, {"steps": self.settings.steps})
 
-    def _train(self, run: Run) -> tuple[object, list[dict], str]:
+    def _train(self, run: Run) -> Done:
         settings = self.settings
         latents = self._encode(self.images)
         negatives = self._encode(self.negatives) if self.negatives else None
+        masks = torch.cat([fit_mask(m, self.pixels, latents) for m in self._both(self.masks)]) if self.masks else None
         reporter, said = Reporter(settings.steps), []
         with training_mode(), contextlib.ExitStack() as stack:
             model, clip = private_model(self.model), private_clip(self.clip)
@@ -320,9 +400,9 @@ class Job:
                 None if x is None else model.model.process_latent_in(plain(x)).to(model.load_device)
                 for x in (latents, negatives)
             ]
-            captions = self.captions or [""] * len(self.images)
-            ways = ways_to_caption(captions, self.values["template"], self.caption_use)
-            trainer = self.trainer(ComfyDenoiser(model), model, clip, prepared[0], ways, prepared[1])
+            masks = None if masks is None else masks.to(model.load_device)
+            ways = self.ways * (1 + self.mirror)
+            trainer = self.trainer(ComfyDenoiser(model), model, clip, prepared[0], ways, prepared[1], masks)
             trainer.settings = replace(settings)
             trainer.settings.batch, memory = self._fitting_batch(trainer, model.load_device)
             reporter.say(
@@ -334,20 +414,30 @@ class Job:
                 )
             steps = stack.enter_context(contextlib.closing(train(trainer, run, settings.steps)))
             done, problem = self._follow(steps, trainer, reporter, model, clip, run, memory)
+            said += [self.unmoved(name) for name in trainer.idle()]
             learned = {k: v.detach().cpu().clone() for k, v in trainer.learned.items()}
         if problem:
             said.append(problem)
         result = self._result(run, learned, done, said)
-        reporter.say(result[-1])
+        reporter.say(result.report)
         return result
 
+    def _both(self, pictures: list[torch.Tensor]) -> list[torch.Tensor]:
+        """With their mirror images, where they are asked for: (1, H, W, ...) each."""
+        return pictures + [p.flip(2) for p in pictures] if self.mirror else pictures
+
     def _encode(self, images: list[torch.Tensor]) -> torch.Tensor:
-        latents = encode_pictures(self.vae, images, self.pixels)
+        latents = encode_pictures(self.vae, self._both(images), self.pixels)
         taken, given = self.model.model.latent_format.latent_channels, latents.shape[1]
         if taken != given:
             raise ValueError(
                 f"MODEL and VAE do not belong together: the model takes latents of {taken} channels and this VAE gives {given}. "
                 "Take both from the same checkpoint."
+            )
+        if lost := [i % len(images) + 1 for i, latent in enumerate(latents) if not latent.isfinite().all()]:
+            raise ValueError(
+                f"The VAE makes no numbers of picture {lost[0]}: start ComfyUI with --fp32-vae, so that it works in 32 bit, or leave "
+                "the picture away."
             )
         return latents
 
@@ -405,7 +495,7 @@ class Job:
             )
         return batch, f"about {size(batch * per_picture)} of the {size(free)} of memory that are free"
 
-    def _result(self, run: Run, learned: Tensors, steps: int, said: list[str]) -> tuple[object, list[dict], str]:
+    def _result(self, run: Run, learned: Tensors, steps: int, said: list[str]) -> Done:
         facts = {
             "method": self.settings.method, "strength": self.settings.strength, "steps": steps, "seed": self.settings.seed,
             "template": self.values["template"], "base_model": fingerprint(self.model), "base_clip": fingerprint(self.clip),
@@ -415,7 +505,12 @@ class Job:
             f"{self.settings.method} on {self.family.name}, {steps} steps on {len(self.images)} pictures at {self.pixels}, "
             f"each with {CAPTIONED[self.caption_use]}, {about}, run {run.folder.name}. "
         )
-        return result, run.history(steps), (report + " ".join([self.family.warning, *said])).strip()
+        records = run.history(steps)
+        if records and records[-1].get("skipped"):
+            said = [*said, f"{records[-1]['skipped']:.0f} steps were skipped, because their gradient was not a number."]
+        return Done(
+            result, records, report + " ".join(text for text in (self.family.warning, *said) if text), run.folder.name
+        )
 
 
 def smoothed(values: list[float], window: int = 20) -> list[float]:
@@ -449,10 +544,16 @@ def defaults(node: type[io.ComfyNode]) -> dict:
     return {i.id: i.default for i in node.define_schema().inputs if isinstance(i, io.WidgetInput)}
 
 
-def output(kind: type[Job], model, clip, vae, images, captions=None, negatives=None, **values) -> io.NodeOutput:
+def output(
+    kind: type[Job], model, clip, vae, images, captions=None, negatives=None, masks=None, **values
+) -> io.NodeOutput:
     """Run a job on the inputs of a node that takes lists; what a training node returns."""
     first = {k: v[0] for k, v in values.items()}
-    learned, records, report = kind(model[0], clip[0], vae[0], images, captions, negatives, first).run()
-    curve = smoothed([r["loss"] for r in records])
-    shown = {"text": [report], "counterpoint_loss": thinned(curve)}
-    return io.NodeOutput(learned, {"loss": plottable(curve)}, report, ui=shown)
+    done = kind(model[0], clip[0], vae[0], images, captions, negatives, first, masks).run()
+    curve = smoothed([r["loss"] for r in done.records if "loss" in r])
+    shown = {
+        "text": [done.report],
+        "counterpoint_loss": thinned(curve),
+        "counterpoint_steps": [done.records[-1]["step"] if done.records else 0],
+    }
+    return io.NodeOutput(done.learned, {"loss": plottable(curve)}, done.report, done.run, ui=shown)

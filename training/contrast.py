@@ -7,6 +7,8 @@ the pair has in common; what is removed from the positive's gradient is not lear
 `paper`            NSYNC (arXiv 2511.01517): g+ - proj(g+ on g-), both gradients at the current state, every step
 `reference point`  ours: the negative gradient is taken at the starting point, averaged over steps, and removed only where
                    it points the same way; at the current point it would soon ask to undo the style itself
+
+What one variant does differently is said in `combine` (of the two gradients) and `move` (of what is learned).
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ from dataclasses import dataclass
 
 import torch
 
-from .gradients import dot, project_out
+from .gradients import dot, project_out, signal_to_noise
 from .latents import Draw, draw
 from .loop import Diverged
 from .losses import WEIGHTINGS
 from .memory import OVER_REMEMBERED, remembered
-from .protocols import Denoiser
+from .protocols import Conditioning, Denoiser
 
 METHODS = ("plain", "paper", "reference point")
+PATIENCE = 10  # steps in a row without a finite gradient before it is called diverged
 Tensors = dict[str, torch.Tensor]
 
 
@@ -46,20 +49,24 @@ class Settings:
     average: float = 0.9  # of the negative gradient over steps, `reference point` only
     seed: int = 0
 
-    def learning_rates(self, encoders: Iterable[str]) -> dict[str, float]:
+    def learning_rates(self, names: Iterable[str]) -> dict[str, float]:
+        """By tensor; one of `dog/clip_l` is learned at the rate of clip_l."""
         rate = self.learning_rate
-        return {k: rate[k] if isinstance(rate, dict) else rate for k in encoders}
+        return {k: rate[k.rpartition("/")[2]] if isinstance(rate, dict) else rate for k in names}
 
 
 class Contrast:
     """A trainer for the loop. Latents (n, C, H, W); negatives[i] is the pair of picture i. What is learned are `start`'s
     tensors; a kind of training says in `conditions` and `error` how they reach the model, and in `size` how far they have come."""
 
+    watch_every = 0  # steps between looks at each picture's own gradient; 0 never looks
+
     def __init__(self, denoiser: Denoiser, latents: torch.Tensor, captions: list[list[str]], start: Tensors,
-                 settings: Settings, negatives: torch.Tensor | None = None):  # fmt: skip
-        """`captions[i]` are the ways of captioning picture i; each draw takes one of them."""
+                 settings: Settings, negatives: torch.Tensor | None = None, masks: torch.Tensor | None = None):  # fmt: skip
+        """`captions[i]` are the ways of captioning picture i; each draw takes one of them. Where `masks` (n, 1, H, W), 0..1, are 0,
+        the pictures teach nothing; negatives are looked at whole."""
         self.denoiser, self.settings = denoiser, settings
-        self.latents, self.negatives, self.captions = latents, negatives, captions
+        self.latents, self.negatives, self.captions, self.masks = latents, negatives, captions, masks
         self.start = {k: v.detach().clone() for k, v in start.items()}
         self.learned = {k: v.detach().clone().requires_grad_() for k, v in start.items()}
         rates = settings.learning_rates(self.learned)
@@ -67,12 +74,13 @@ class Contrast:
         self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self.average = {k: torch.zeros_like(v) for k, v in self.start.items()}
         self.averaged = 0
+        self.skipped, self.in_a_row = 0, 0  # steps whose gradient was not finite
         self.contrastive = settings.method != "plain" and settings.strength > 0
         if self.contrastive and negatives is None:
             raise ValueError(f"The method {settings.method!r} contrasts with negatives, and there are none.")
 
-    def conditions(self, captions: list[str], groups: list[Tensors]):
-        """What the model is told of the captions, once for each group."""
+    def conditions(self, captions: list[str], groups: list[Tensors]) -> Conditioning:
+        """What the model is told of the captions; each group has an equal share of them, in order."""
         raise NotImplementedError
 
     def error(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, captions: list[str], groups: list[Tensors]
@@ -87,31 +95,47 @@ class Contrast:
     def step(self, i: int) -> dict[str, float]:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + i)
         batch = draw(self.latents, self.denoiser, self.settings.batch, generator)
-        loss, positive, negative = self._gradients(batch, self._pick_captions(batch.rows, generator))
-        said = {"loss": loss}
-        if self.contrastive:
-            average = self._reference(negative) if self.settings.method == "reference point" else None
-            negative = average or negative
-            one_sided = self.settings.method == "reference point"
-            positive, contrast = project_out(
-                positive, negative, self.settings.strength, one_sided, self.settings.together
-            )
-            said |= contrast
-        size = dot(positive, positive).sqrt().item()
-        if not (math.isfinite(loss) and math.isfinite(size)):
-            raise Diverged(f"The loss of step {i + 1} is not a number")
-        if self.contrastive and average:
-            self.average, self.averaged = dict(zip(self.average, average, strict=True)), self.averaged + 1
-        for leaf, gradient in zip(self.learned.values(), positive, strict=True):
+        captions = self._pick_captions(batch.rows, generator)
+        apart = bool(self.watch_every) and i % self.watch_every == 0 and len(batch.rows) > 1
+        loss, positive, negative, said = self._gradients(batch, captions, apart)
+        said["loss"] = loss
+        if all(g.isfinite().all() for g in [*positive, *negative]) and math.isfinite(loss):
+            update = positive
+            if self.contrastive:
+                update, contrast = self.combine(positive, negative)
+                said |= contrast
+            said["gradient"] = dot(update, update).sqrt().item()
+            self.move(update, self._schedule(i))
+            self.in_a_row = 0
+        else:
+            self._skip(i)
+        return {**said, **self.size(), "skipped": self.skipped}
+
+    def idle(self) -> list[str]:
+        """Names of tensors that never moved: nothing that was read depends on them."""
+        return [k for k, v in self.learned.items() if v.equal(self.start[k])]
+
+    def combine(self, positive: list[torch.Tensor], negative: list[torch.Tensor]
+                ) -> tuple[list[torch.Tensor], dict[str, float]]:  # fmt: skip
+        """What is left of the pictures' gradient, and what was done to it."""
+        reference = self.settings.method == "reference point"
+        if reference:
+            negative = self._averaged(negative)
+        return project_out(positive, negative, self.settings.strength, reference, self.settings.together)
+
+    def move(self, gradients: list[torch.Tensor], share: float) -> None:
+        """One step of Adam at a share of the learning rate."""
+        for leaf, gradient in zip(self.learned.values(), gradients, strict=True):
             leaf.grad = gradient.to(leaf)
         for group in self.optimiser.param_groups:
-            group["lr"] = group["most"] * self._schedule(i)
+            group["lr"] = group["most"] * share
         self.optimiser.step()
-        self.after_step()
-        return {**said, "gradient": size, **self.size()}
 
-    def after_step(self) -> None:
-        """What is done to the tensors once they have moved."""
+    def _skip(self, i: int) -> None:
+        """Nothing moves. One bad picture or noise may come in any run; many in a row are a training that has diverged."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row == PATIENCE:
+            raise Diverged(f"The loss was not a number for {PATIENCE} steps in a row, the last of them step {i + 1}")
 
     def _pick_captions(self, rows: list[int], generator: torch.Generator) -> list[str]:
         picks = torch.rand(len(rows), generator=generator).tolist()
@@ -123,41 +147,57 @@ class Contrast:
         counts = []
         for n in (2, 1):
             batch = draw(self.latents, self.denoiser, n, generator)
-            captions = [self.captions[0][0]] * n
-            counts.append(remembered(lambda b=batch, c=captions: self._losses(b, c, self._groups())))
+            captions, parts = [self.captions[0][0]] * n, n if self.watch_every else 1
+            counts.append(remembered(lambda b=batch, c=captions, p=parts: self._losses(b, c, self._groups(p))))
         return (counts[0] - counts[1]) * OVER_REMEMBERED
 
-    def _gradients(self, batch: Draw, captions: list[str]) -> tuple[float, list[torch.Tensor], list[torch.Tensor]]:
-        """Gradients of both groups from one forward and one backward: each group has leaves of its own."""
-        groups = self._groups()
+    def _gradients(self, batch: Draw, captions: list[str], apart: bool = False
+                   ) -> tuple[float, list[torch.Tensor], list[torch.Tensor], dict[str, float]]:  # fmt: skip
+        """Loss and gradients of the pictures and of the negatives from one forward and one backward. With `apart` every picture has
+        leaves of its own, and how much of a step is signal is said too."""
+        groups = self._groups(len(batch.rows) if apart else 1)
         losses = self._losses(batch, captions, groups)
-        gradients = torch.autograd.grad(losses.sum(), [leaf for group in groups for leaf in group.values()])
-        count = len(groups[0])
-        return losses[0].item(), list(gradients[:count]), list(gradients[count:])
+        losses.sum().backward()  # not `grad`, which checkpointed blocks do not allow; nothing else requires a gradient
+        # What no caption of this batch says has no gradient.
+        rows = [[torch.zeros_like(v) if v.grad is None else v.grad for v in group.values()] for group in groups]
+        half = len(rows) // (2 if self.contrastive else 1)
+        said = {"signal": signal_to_noise(rows[:half])} if apart else {}
+        positive, negative = (
+            [sum(gs) / half for gs in zip(*part, strict=True)] if apart else [g for gs in part for g in gs]
+            for part in (rows[:half], rows[half:])
+        )
+        return losses[:half].mean().item(), positive, negative, said
 
-    def _groups(self) -> list[Tensors]:
-        """Leaves where the positives see what is learned, and where the negatives do."""
-        places = [self.learned]
+    def _groups(self, parts: int) -> list[Tensors]:
+        """Leaves where the pictures see what is learned, `parts` times, and where the negatives do."""
+        places = [self.learned] * parts
         if self.contrastive:
-            places.append(self.start if self.settings.method == "reference point" else self.learned)
+            places += [self.start if self.settings.method == "reference point" else self.learned] * parts
         return [{k: v.detach().clone().requires_grad_() for k, v in place.items()} for place in places]
 
     def _losses(self, batch: Draw, captions: list[str], groups: list[Tensors]) -> torch.Tensor:
-        """(groups) the weighted loss of the positives, and of the negatives under the same noise."""
+        """(groups) the weighted loss of the pictures, and of the negatives under the same noise."""
         pictures = [self.latents[batch.rows]] + ([self.negatives[batch.rows]] if self.contrastive else [])
-        latents, noise, sigma = (
-            torch.cat(pictures),
-            torch.cat([batch.noise] * len(groups)),
-            torch.cat([batch.sigma] * len(groups)),
-        )
-        error = self.error(latents, noise, sigma, captions, groups)
+        kinds = len(pictures)
+        latents, noise, sigma = torch.cat(pictures), torch.cat([batch.noise] * kinds), torch.cat([batch.sigma] * kinds)
+        error = self.error(latents, noise, sigma, captions * kinds, groups).float().square()
+        if self.masks is not None:
+            error = error * self._shares(batch.rows, kinds)
         weights = WEIGHTINGS[self.settings.weighting](self.denoiser.snr(sigma))
-        return (error.float().square().flatten(1).mean(1) * weights).view(len(groups), -1).mean(1)
+        return (error.flatten(1).mean(1) * weights).view(len(groups), -1).mean(1)
 
-    def _reference(self, negative: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _shares(self, rows: list[int], kinds: int) -> torch.Tensor:
+        """(B, 1, H, W) masks with a mean of 1, so that a small mask does not mean a small loss."""
+        masks = self.masks[rows]
+        shares = masks / masks.flatten(1).mean(1).view(-1, 1, 1, 1)
+        return torch.cat([shares, torch.ones_like(shares)][:kinds])
+
+    def _averaged(self, negative: list[torch.Tensor]) -> list[torch.Tensor]:
         """The running mean of the negative gradient with this step's; its length does not matter to a projection."""
         keep = self.settings.average
-        return [m * keep + g.to(m) * (1 - keep) for m, g in zip(self.average.values(), negative, strict=True)]
+        mean = [m * keep + g.to(m) * (1 - keep) for m, g in zip(self.average.values(), negative, strict=True)]
+        self.average, self.averaged = dict(zip(self.average, mean, strict=True)), self.averaged + 1
+        return mean
 
     def _schedule(self, i: int) -> float:
         """Share of the learning rate: ten steps of warm-up, then a line down to a tenth."""
@@ -169,6 +209,8 @@ class Contrast:
             "optimiser": self.optimiser.state_dict(),
             "average": self.average,
             "averaged": self.averaged,
+            "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -177,4 +219,4 @@ class Contrast:
                 self.learned[k].copy_(v)
         self.optimiser.load_state_dict(state["optimiser"])
         self.average = {k: v.to(self.average[k]) for k, v in state["average"].items()}
-        self.averaged = state["averaged"]
+        self.averaged, self.skipped, self.in_a_row = state["averaged"], state["skipped"], state["in_a_row"]

@@ -28,10 +28,35 @@ class Embedding:
     vectors: Vectors
     name: str
     facts: dict = field(default_factory=dict)  # method, steps, seed, base fingerprint...: goes into the file's header
+    others: dict[str, Vectors] = field(default_factory=dict)  # words learned along with it, by what they stand for
+
+    @staticmethod
+    def of(learned: dict[str, torch.Tensor], name: str, facts: dict) -> Embedding:
+        """From what a training learns, where `dog/clip_l` is the part for clip_l of the word that stands for a dog."""
+        others = by_word({k: v.float() for k, v in learned.items()})
+        return Embedding(others.pop(""), name, facts, others)
 
     @property
     def count(self) -> int:
         return len(next(iter(self.vectors.values())))
+
+    def words(self, name: str) -> dict[str, Vectors]:
+        """Everything it teaches, by what prompts call it when it is called `name`."""
+        return {word_name(name, other): v for other, v in {"": self.vectors, **self.others}.items()}
+
+
+def word_name(name: str, other: str | None) -> str:
+    """What `{token}` (no other), or `{token:other}`, is called in prompts."""
+    return f"{name}-{other}" if other else name
+
+
+def by_word(learned: dict[str, torch.Tensor]) -> dict[str, Vectors]:
+    """`dog/clip_l` -> ["dog"]["clip_l"]; the word that is meant by `{token}` alone is ""."""
+    words: dict[str, Vectors] = {}
+    for key, tensor in learned.items():
+        other, _, encoder = key.rpartition("/")
+        words.setdefault(other, {})[encoder] = tensor
+    return words
 
 
 def check_name(name: str) -> str:
@@ -47,7 +72,8 @@ def check_name(name: str) -> str:
 def to_bytes(embedding: Embedding) -> bytes:
     """ComfyUI's keys, nothing else as tensors: a second tensor would stop A1111 and diffusers from reading the file."""
     facts = {"modelspec.title": embedding.name, "modelspec.trigger_phrase": embedding.name, **embedding.facts}
-    return artefact.encode({k: v.float() for k, v in embedding.vectors.items()}, facts)
+    others = {f"{other}/{k}": v for other, vectors in embedding.others.items() for k, v in vectors.items()}
+    return artefact.encode({k: v.float() for k, v in {**embedding.vectors, **others}.items()}, facts)
 
 
 def load(path: Path) -> Embedding:
@@ -66,7 +92,9 @@ def load(path: Path) -> Embedding:
             f"{path.name} is not an embedding: it holds {wrong or 'nothing'}, not vectors of shape (k, width)."
         )
     vectors = {k: v.float().reshape(-1, v.shape[-1]) for k, v in tensors.items()}
-    return Embedding(vectors, path.stem, {k: _plain(v) for k, v in metadata.items() if not k.startswith("modelspec.")})
+    return Embedding.of(
+        vectors, path.stem, {k: _plain(v) for k, v in metadata.items() if not k.startswith("modelspec.")}
+    )
 
 
 OTHER_NAMES = {"t5": "t5xxl"}  # OneTrainer's and diffusers', which ComfyUI would ignore

@@ -30,3 +30,14 @@ def project_out(positive: list[torch.Tensor], negative: list[torch.Tensor], stre
     cosine = (whole[0] / (norms[0] * norms[1]).clamp_min(TINY**4)).item()
     removed = dot(*[[g - u for g, u in zip(positive, out, strict=True)]] * 2).sqrt() / norms[0].clamp_min(TINY)
     return out, {"cosine": cosine, "removed": removed.item()}
+
+
+def signal_to_noise(rows: list[list[torch.Tensor]]) -> float:
+    """|mu|^2 over E|noise|^2 of the mean of `rows`, from the gradient of each picture by itself; 0 is all noise.
+
+    Unbiased in both: the variance of a row is taken off the squared mean (it would be > 0 for pure noise).
+    """
+    n = len(rows)
+    mean = [sum(gs) / n for gs in zip(*rows, strict=True)]
+    noise = sum(dot(d, d) for d in ([g - m for g, m in zip(row, mean, strict=True)] for row in rows)) / (n - 1) / n
+    return ((dot(mean, mean) - noise).clamp_min(0) / noise.clamp_min(TINY**4)).item()

@@ -81,9 +81,10 @@ class StyleLora(Contrast):
     """Captions are plain text and the text encoder is frozen, so what it says of each is computed once."""
 
     def __init__(self, denoiser: Denoiser, network: nn.Module, encode: Callable[[str], Conditioning], latents: torch.Tensor,
-                 captions: list[list[str]], start: Tensors, settings: Settings, negatives: torch.Tensor | None = None):  # fmt: skip
+                 captions: list[list[str]], start: Tensors, settings: Settings, negatives: torch.Tensor | None = None,
+                 masks: torch.Tensor | None = None):  # fmt: skip
         """`network` is the module inside the denoiser in which the layers lie; `encode(caption)` gives one row."""
-        super().__init__(denoiser, latents, captions, start, settings, negatives)
+        super().__init__(denoiser, latents, captions, start, settings, negatives, masks)
         self.network, self.encode = network, encode
         self.known: dict[str, Conditioning] = {}
 
@@ -92,7 +93,7 @@ class StyleLora(Contrast):
             if caption not in self.known:
                 with torch.no_grad():
                     self.known[caption] = self.encode(caption)
-        return Conditioning.stacked([self.known[c] for c in captions * len(groups)])
+        return Conditioning.stacked([self.known[c] for c in captions])
 
     def error(self, latents, noise, sigma, captions: list[str], groups: list[Tensors]) -> torch.Tensor:
         with applied(self.network, groups):

@@ -64,5 +64,5 @@ def learn(laboratory: Laboratory, scenes, seed: int):
     train = laboratory.nodes.train_embedding
     values = {**laboratory.nodes.training_job.defaults(train.TrainEmbedding), "preview_every": 0, "seed": seed}
     models = laboratory.model, laboratory.clip, laboratory.vae
-    learned, _, _ = train.WordJob(*models, images, captions, None, values).run()
+    learned = train.WordJob(*models, images, captions, None, values).run().learned
     return laboratory.nodes.bridge.with_embeddings(laboratory.clip, {"word": learned.vectors})

@@ -108,8 +108,8 @@ class Laboratory:
         negatives = None if arm["method"] == "plain" else self.negatives_of(seed, captions)
         given = {"preview_every": 0, "caption_use": "template", **arm, "seed": seed}
         values = {**self.nodes.training_job.defaults(train.TrainEmbedding), **given}
-        learned, records, _ = train.WordJob(self.model, self.clip, self.vae, images, captions, negatives, values).run()
-        return learned, records
+        job = train.WordJob(self.model, self.clip, self.vae, images, captions, negatives, values)
+        return job.run()[:2]
 
     def recipe(self, seed: int):
         return self.nodes.generate.Recipe("", 128, 128, 10_000 * (seed + 1), 20, 4.0, "euler", "normal")

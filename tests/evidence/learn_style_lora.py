@@ -56,7 +56,7 @@ def measure(laboratory: Laboratory, style: int, arm: str, seed: int) -> dict:
     }
     unchanged = laboratory.model
     job = train.LoraJob(unchanged, laboratory.clip, laboratory.vae, images, captions, negatives, values)
-    learned, records, _ = job.run()
+    learned, records, *_ = job.run()
     try:
         laboratory.model, _ = comfy.sd.load_lora_for_models(unchanged, None, learned, 1.0, 0.0)
         measures = laboratory.look(laboratory.clip, "picture", laboratory.world.HELD_OUT[style], shape, seed)

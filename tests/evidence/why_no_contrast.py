@@ -84,7 +84,7 @@ def gradients(laboratory, images: list, negatives: list, seed: int):
         for i in range(BATCHES):
             generator = torch.Generator().manual_seed(1000 * seed + i)
             batch = draw(positive, denoiser, settings.batch, generator)
-            _, (plus,), (minus,) = trainer._gradients(batch, [TEMPLATE] * settings.batch)
+            _, (plus,), (minus,), _ = trainer._gradients(batch, [TEMPLATE] * settings.batch)
             pairs.append((plus.flatten(), minus.flatten()))
     return [torch.stack(side) for side in zip(*pairs, strict=True)]
 

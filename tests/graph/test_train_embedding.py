@@ -25,7 +25,12 @@ def test_a_word_is_learned(graph, every_step, method):
     loss = run.value("4", 1)["loss"]
     assert len(loss) == 6 and all(math.isfinite(x) and x > 0 for x in loss)
     assert method in run.value("4", 2) and "6 steps" in run.value("4", 2) and "3 pictures" in run.value("4", 2)
-    assert len(run.outputs["4"]) == 3 and run.ui["4"]["counterpoint_loss"] == loss and run.ui["5"]["images"]
+    assert (
+        len(run.outputs["4"]) == 4
+        and run.value("4", 3) == learned.name
+        and run.ui["4"]["counterpoint_loss"] == loss
+        and run.ui["5"]["images"]
+    )
     sound("training")
 
 
@@ -153,6 +158,95 @@ def test_the_packs_own_word_is_found_by_every_clip(graph):
         job[id + "0"] = node("PreviewAny", source=[id, 0])
     run = graph(job)
     assert not torch.equal(_conditioning(run, "2"), _conditioning(run, "3"))
+
+
+def test_recommended_is_a_method_by_its_name(graph):
+    taken = graph(prompt(method="recommended", run="taken"))
+    assert "plain on SD 1.5" in taken.value("4", 2)
+    assert vectors(taken).equal(vectors(graph(prompt(method="plain", run="plain"))))
+
+
+def test_mirror_learns_from_both_sides(graph, given):
+    pictures, negatives = torch.rand(3, 64, 64, 3), torch.rand(3, 64, 64, 3)
+    both = {
+        "2": given("IMAGE", [torch.cat([pictures, pictures.flip(2)])]),
+        "3": given("IMAGE", [torch.cat([negatives, negatives.flip(2)])]),
+    }
+    one = {"2": given("IMAGE", [pictures]), "3": given("IMAGE", [negatives])}
+    by_hand = graph({**prompt(run="by-hand", captions=None), **both})
+    mirrored = graph({**prompt(run="mirrored", captions=None, mirror=True), **one})
+    assert vectors(mirrored).equal(vectors(by_hand))
+    assert not vectors(mirrored).equal(vectors(graph({**prompt(run="one-side", captions=None), **one})))
+
+
+def half_white(side: int) -> torch.Tensor:
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, side * 32 : side * 32 + 32] = 1
+    return mask
+
+
+def test_what_a_mask_hides_is_not_learned(graph, given):
+    """Pictures that differ on the right only, learned from their left."""
+    pictures = torch.rand(2, 3, 64, 64, 3, generator=torch.Generator().manual_seed(3))
+    pictures[1, :, :, :32] = pictures[0, :, :, :32]
+    learned = {}
+    for i, side in ((0, 0), (1, 0), (1, 1)):
+        job = {
+            **prompt(captions=None, method="plain", negatives=None, masks=["6", 0]),
+            "2": given("IMAGE", [pictures[i]]),
+        }
+        del job["3"]
+        learned[i, side] = vectors(graph({**job, "6": given("MASK", [half_white(side)])}))
+    left = (learned[0, 0] - learned[1, 0]).norm()  # a VAE and a UNet look a little across the border
+    assert left < 0.3 * (learned[0, 0] - learned[1, 1]).norm()
+
+
+# Several words at once
+
+TWO = {"template": "a {token:cat} in the style of {token}", "captions": None}
+
+
+def test_two_words_are_learned_at_once(graph, pack, folders):
+    job = {
+        **prompt(**TWO, run="two", snapshot_every=3),
+        "6": node("CounterpointUseEmbedding", clip=["1", 1], embedding=["4", 0], name="fresh"),
+        "7": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["6", 0], "text": "a embedding:fresh-cat in the style of embedding:fresh"}},
+        "8": node("CounterpointSaveEmbedding", embedding=["4", 0], name="saved"),
+        "9": node("PreviewAny", source=["7", 0]),
+    }  # fmt: skip
+    run = graph(job)
+    learned = run.value("4")
+    assert learned.others.keys() == {"cat"} and learned.others["cat"]["clip_l"].shape == (2, 32)
+    assert "for each of 2 words" in run.value("4", 2) and tuple(run.ui["8"]["text"]) == (
+        "Saved. In prompts: embedding:saved and embedding:saved-cat",
+    )
+    text = "a embedding:saved-cat in the style of embedding:saved"
+    later = {"1": node("SmallModelsLoadSD15"), "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": text}},
+             "3": node("PreviewAny", source=["2", 0]),
+             "4": node("CounterpointLoadEmbedding", embedding="run: two/snapshots/step-000006.safetensors"), "5": node("PreviewAny", source=["4", 0])}  # fmt: skip
+    after = Graph()(later)
+    assert (_conditioning(run, "7") - _conditioning(after, "2")).abs().max() <= 1e-6
+    assert after.value("4").others["cat"]["clip_l"].equal(learned.others["cat"]["clip_l"])
+    start = pack.nodes.bridge.starting_vectors(run.value("1", 1), "cat", 2)["clip_l"]
+    assert (
+        not learned.others["cat"]["clip_l"].equal(start)
+        and (learned.others["cat"]["clip_l"] - start).norm() < start.norm()
+    )
+
+
+def test_a_word_may_stand_in_the_captions_alone(graph, given):
+    captions = given("STRING", ["a {token:cat}", "a dog", "two {token:cat} in the style of {token}"])
+    run = graph({**prompt(captions=["6", 0], method="plain", caption_use="caption"), "6": captions})
+    assert run.value("4").others.keys() == {"cat"}
+
+
+def test_vectors_that_no_picture_reaches_are_told_of(graph, given, pack):
+    """FLUX.1 with a caption longer than the 77 tokens of which its clip_l is summed up."""
+    long = " ".join(["a red cat on green grass under a blue sky,"] * 20)
+    job = {**prompt(captions=["6", 0], method="plain", caption_use="caption"), "6": given("STRING", [long] * 3)}
+    job["1"] = node("SmallModelsLoadFamily", family="FLUX.1")
+    said = graph(job).value("4", 2)
+    assert "The vectors of {token} for clip_l did not move" in said and "t5xxl did not" not in said
 
 
 # Saved, loaded, used

@@ -93,6 +93,41 @@ BAD = {
 }
 
 
+def test_a_word_that_no_caption_says_is_refused(graph):
+    template = "a {token:cat} in the style of {token}"
+    one_sentence(
+        graph(prompt(template=template, method="plain", caption_use="caption"), check=False),
+        "{token:cat}",
+        "its caption",
+        "caption_use",
+    )
+    assert graph(prompt(template=template, method="plain", caption_use="dropout")).value("4").others.keys() == {"cat"}
+
+
+MASKS = {
+    "black": (torch.zeros(3, 64, 64), ["Mask 1 is black", "without transparency"]),
+    "black where it is cut": (
+        torch.cat([torch.zeros(3, 64, 64).index_fill_(2, torch.arange(14), 1.0)]),
+        ["Mask 1 is black"],
+    ),
+    "of another size": (torch.ones(3, 32, 64), ["Mask 1 is 64x32", "64x128"]),
+    "of another count": (torch.ones(2, 128, 64), ["2 masks for 3 pictures"]),
+}
+
+
+@pytest.mark.parametrize("what", MASKS)
+def test_masks_that_leave_nothing(graph, given, what):
+    masks, words = MASKS[what]
+    wide = what == "black where it is cut"
+    pictures = torch.rand(3, 64, 128, 3) if wide else torch.rand(3, 128, 64, 3)
+    masks = (
+        torch.nn.functional.pad(masks, (0, 64)) if wide else masks
+    )  # only the outermost of a wide picture, which is cut off
+    job = {**prompt(captions=None, method="plain", negatives=None, masks=["6", 0]), "2": given("IMAGE", [pictures])}
+    del job["3"]
+    one_sentence(graph({**job, "6": given("MASK", [masks])}, check=False), *words)
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_one_clear_sentence(graph, given, what):
     id, value, words = BAD[what]

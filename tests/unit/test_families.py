@@ -119,6 +119,42 @@ def test_a_word_means_the_same_from_a_file(bridge, pack, shared, tmp_path):
     assert (before.states - trained.states).abs().max() > 1e-3
 
 
+def test_words_survive_a_caption_of_300_words(bridge, shared, family):
+    """Core reads long captions in pieces, so nothing is cut off at 77: every vector gets a gradient."""
+    caption = " ".join(["a red cat on green grass under a blue sky,"] * 30) + " {token:dog} in the style of {token}"
+    assert len(caption.split()) > 300
+    with bridge.training_mode():
+        own = bridge.private_clip(shared[1])
+        start = {"": bridge.starting_vectors(own, "red", 2), "dog/": bridge.starting_vectors(own, "dog", 2)}
+        leaves = {o + k: v.clone().requires_grad_() for o, vectors in start.items() for k, v in vectors.items()}
+        cond = bridge.ComfyTextEncoder(own).encode([caption], [leaves])
+        (cond.states.square().sum() + (0 if cond.pooled is None else cond.pooled.square().sum())).backward()
+    # Of FLUX.1's clip_l only the summary of the first 77 tokens reaches the model.
+    read = {k: v.grad is not None and bool((v.grad.norm(dim=1) > 0).all()) for k, v in leaves.items()}
+    assert read == {k: (family.says, k[-6:]) != ("FLOW", "clip_l") or "t5xxl" not in family.keys for k in leaves}
+
+
+def test_two_words_are_what_two_files_would_be(bridge, pack, shared, tmp_path):
+    embedding, (_, clip) = pack.training.embedding, shared
+    caption = "a {token:dog} in the style of {token}"
+    with bridge.training_mode(), torch.no_grad():
+        own = bridge.private_clip(clip)
+        learned = {
+            o + k: v + 0.1 * numbers(*v.shape, seed=n)
+            for n, o in enumerate(("", "dog/"))
+            for k, v in bridge.starting_vectors(own, "red cat", 2).items()
+        }
+        trained = bridge.ComfyTextEncoder(own).encode([caption], [learned])
+    for word, vectors in embedding.Embedding.of(learned, "my", {}).words("my").items():
+        (tmp_path / f"{word}.safetensors").write_bytes(embedding.to_bytes(embedding.Embedding(vectors, word)))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["my-dog.safetensors", "my.safetensors"]
+    for tokenizer in bridge.encoder_tokenizers(clip).values():
+        tokenizer.embedding_directory = [str(tmp_path)]
+    with torch.inference_mode():
+        states, pooled = conditioning(clip, "a embedding:my-dog in the style of embedding:my")
+    assert (states - trained.states).abs().max() <= 1e-5 and (pooled - trained.pooled).abs().max() <= 1e-5
+
+
 def test_a_learned_word_can_be_the_start(bridge, pack, family, shared):
     """`embedding:NAME` in the start, alone and beside plain words."""
     _, clip = shared

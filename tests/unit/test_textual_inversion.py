@@ -186,7 +186,7 @@ def test_one_stacked_pass_is_as_good_as_two(pack, ti, method, k, encoders):
     trainer.vectors["clip_l"].data += 0.5  # away from the start, so that the two reference points differ
     batch = pack.training.latents.draw(trainer.latents, trainer.denoiser, 3, torch.Generator().manual_seed(8))
     captions = [f"picture {r} {{token}}" for r in batch.rows]
-    _, positive, negative = trainer._gradients(batch, captions)
+    _, positive, negative, _ = trainer._gradients(batch, captions)
     at = trainer.start if method == "reference point" else trainer.vectors
     want = [
         slow_gradient(trainer, trainer.latents[batch.rows], batch.noise, batch.sigma, captions, trainer.vectors),
@@ -282,18 +282,101 @@ def test_stopped_half_way_and_resumed_is_as_if_never_stopped(pack, ti, tmp_path,
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("row", [0, 4], ids=["positive", "negative"])
-def test_a_loss_that_is_no_number_changes_nothing(pack, ti, method, value, row):
+def test_a_step_that_is_no_number_is_skipped_and_counted(ti, method, value, row):
     if method == "plain" and row == 4:
         row = 1
-    trainer, sound = make(ti, method=method), make(ti, method=method)
-    run(trainer, 6), run(sound, 10)
+    trainer = make(ti, method=method)
+    run(trainer, 6)
     before = copy.deepcopy(trainer.state_dict())
     trainer.denoiser.poison = {7: (row, value)}
-    with pytest.raises(pack.training.loop.Diverged, match="step 7"):
-        trainer.step(6)
-    assert same(before, trainer.state_dict())
-    run(trainer, 10, first=6)
-    assert same(sound.state_dict(), trainer.state_dict()), "the last good state goes on as if nothing had happened"
+    said = trainer.step(6)
+    assert said["skipped"] == 1 and "gradient" not in said
+    assert same({**before, "skipped": 1, "in_a_row": 1}, trainer.state_dict()), "something moved"
+    after = run(trainer, 8, first=7)
+    assert "gradient" in after[-1] and after[-1]["skipped"] == 1 and math.isfinite(after[-1]["norm"])
+
+
+def test_ten_steps_in_a_row_without_a_number_have_diverged(pack, ti):
+    trainer = make(ti, method="paper")
+    run(trainer, 6)
+    before = copy.deepcopy(trainer.vectors)
+    trainer.denoiser.poison = {n: (0, math.nan) for n in range(7, 30) if n != 12}  # one good step among them
+    run(trainer, 15, first=6)
+    with pytest.raises(pack.training.loop.Diverged, match="10 steps in a row, the last of them step 22"):
+        run(trainer, 30, first=15)
+    assert not same(before, trainer.vectors) and all(v.isfinite().all() for v in trainer.vectors.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_leaves_for_every_picture_give_the_same_gradient_and_its_noise(pack, ti, method):
+    trainer = make(ti, method=method, k=2)
+    batch = pack.training.latents.draw(trainer.latents, trainer.denoiser, 3, torch.Generator().manual_seed(8))
+    captions = [f"picture {r} {{token}}" for r in batch.rows]
+    whole, apart = (trainer._gradients(batch, captions, apart) for apart in (False, True))
+    assert whole[0] == pytest.approx(apart[0], rel=1e-6) and whole[3] == {}
+    for a, b in zip(whole[1] + whole[2], apart[1] + apart[2], strict=True):
+        assert (a - b).norm() <= 1e-5 * a.norm()
+    alone = []  # gradients of one picture each, in float64
+    for i, r in enumerate(batch.rows):
+        one = slice(i, i + 1)
+        g = slow_gradient(
+            trainer, trainer.latents[[r]], batch.noise[one], batch.sigma[one], captions[one], trainer.vectors
+        )
+        alone.append(torch.cat([x.flatten() for x in g.values()]))
+    rows = torch.stack(alone)
+    noise = rows.var(0).sum() / 3
+    want = ((rows.mean(0) ** 2).sum() - noise).clamp_min(0) / noise
+    assert apart[3]["signal"] == pytest.approx(want.item(), rel=1e-3, abs=1e-6)
+
+
+def test_signal_is_told_of_every_fiftieth_step(ti):
+    said = run(make(ti, method="paper"), 101)
+    assert [i for i, each in enumerate(said) if "signal" in each] == [0, 50, 100]
+
+
+def test_signal_to_noise_is_unbiased(pack):
+    generator = torch.Generator().manual_seed(4)
+    mean = torch.randn(50, generator=generator)
+    for truth in (0.0, 0.5, 4.0):
+        scale = (truth * 50 * 1.0 / 8) ** 0.5 / mean.norm()  # noise of a mean of 8 rows of unit variance is 50 / 8
+        found = [
+            pack.training.gradients.signal_to_noise(
+                [[mean * scale + torch.randn(50, generator=generator)] for _ in range(8)]
+            )
+            for _ in range(300)
+        ]
+        assert sum(found) / 300 == pytest.approx(truth, abs=0.12)  # negative estimates count as 0
+
+
+def masked(ti, masks, **settings):
+    trainer = make(ti, method="paper", **settings)
+    trainer.masks = masks
+    return trainer
+
+
+def test_pictures_teach_only_inside_their_masks(pack, ti):
+    masks = (torch.rand(5, 1, 3, 3, generator=torch.Generator().manual_seed(2)) > 0.5).float()
+    masks[:, :, 0, 0] = 1
+    trainer, whole = masked(ti, masks), make(ti, method="paper")
+    batch = pack.training.latents.draw(trainer.latents, trainer.denoiser, 3, torch.Generator().manual_seed(8))
+    captions = [f"picture {r} {{token}}" for r in batch.rows]
+    loss, _, negative, _ = trainer._gradients(batch, captions)
+    leaves = [trainer.vectors] * 3
+    error = TinyModel().error(
+        trainer.latents[batch.rows], batch.noise, batch.sigma, TinyText().encode(captions, leaves)
+    )
+    weight = pack.training.losses.low_frequencies(batch.sigma**-2)
+    want = [w * e[:, m[0] > 0].square().mean() for e, m, w in zip(error, masks[batch.rows], weight, strict=True)]
+    assert loss == pytest.approx((sum(want) / 3).item(), rel=1e-5)
+    assert all(a.equal(b) for a, b in zip(negative, whole._gradients(batch, captions)[2], strict=True)), (
+        "negatives are whole"
+    )
+
+
+def test_a_mask_of_everything_is_no_mask(ti):
+    one, other = masked(ti, torch.ones(5, 1, 3, 3)), make(ti, method="paper")
+    run(one, 10), run(other, 10)
+    assert same(one.state_dict(), other.state_dict())
 
 
 def test_keep_norm_holds_every_vector_at_its_length(ti):
