@@ -101,6 +101,7 @@ class TrainEmbedding(io.ComfyNode):
 
 class WordJob(Job):
     kind = "train-embedding"
+    trains = TextualInversion
 
     def own_values(self) -> dict:
         return {"vectors": self.family.vectors, "learning_rate": own_learning_rates(self.clip)}
@@ -114,7 +115,7 @@ class WordJob(Job):
             check_belong_together(model, encoder.encode([ways[0][0]], [start]))
         lengths = usual_lengths(clip)
         usual = {k: lengths[k.rpartition("/")[2]] for k in start}
-        return TextualInversion(denoiser, encoder, latents, ways, start, self.settings, negatives, masks, usual)
+        return self.trains(denoiser, encoder, latents, ways, start, self.settings, negatives, masks, usual)
 
     def _start(self, clip, device, ways: list[list[str]]) -> Tensors:
         """`{token}` starts as the phrase that was asked for, `{token:dog}` as "dog"; every word has as many vectors."""

@@ -16,11 +16,12 @@ import torch
 from comfy_api.latest import io
 
 from ..training import artefact
+from ..training.checkpointing import blocks, checkpointed
 from ..training.contrast import METHODS, Contrast, Settings, Tensors
 from ..training.features import images_hash
 from ..training.loop import Diverged, train
 from ..training.losses import WEIGHTINGS
-from ..training.memory import duration, size
+from ..training.memory import Kept, duration, size
 from ..training.run import Run, config_hash
 from ..training.sheet import sheet
 from .bridge import TOKEN, TOKENS, ComfyDenoiser, family, fingerprint, plain, private_clip, private_model, training_mode
@@ -33,6 +34,7 @@ RECOMMENDED, BEST = (
     "recommended",
     "plain",
 )  # with captions, which `auto` takes where there are some: evidence/learn_style
+MEMORY = ("auto", "fast", "lean")
 CURVE_POINTS = 500
 TEMPLATE = f"The template needs {TOKEN} once, as in 'a picture in the style of {TOKEN}'."
 
@@ -225,6 +227,15 @@ def later_inputs() -> list:
             advanced=True,
             tooltip="Learn from each picture and its mirror image (2 for 1), and so with its negative: not for lettering or faces.",
         ),
+        io.Combo.Input(
+            "memory",
+            options=list(MEMORY),
+            default="auto",
+            optional=True,
+            advanced=True,
+            tooltip="fast keeps what each step computes. lean computes it a second time (gradient checkpointing): a third slower, with a "
+            "fraction of the memory. auto: lean only where the batch would not fit. The result is the same.",
+        ),
     ]
 
 
@@ -404,7 +415,10 @@ class Job:
             ways = self.ways * (1 + self.mirror)
             trainer = self.trainer(ComfyDenoiser(model), model, clip, prepared[0], ways, prepared[1], masks)
             trainer.settings = replace(settings)
-            trainer.settings.batch, memory = self._fitting_batch(trainer, model.load_device)
+            networks = model.model.diffusion_model, clip.cond_stage_model
+            trainer.settings.batch, lean, memory = self._fitting_batch(trainer, networks, model.load_device)
+            if lean:
+                stack.enter_context(checkpointed(*networks, learned_inside=trainer.learned_inside))
             reporter.say(
                 f"Training {run.folder.name}: {settings.steps} steps of {trainer.settings.batch} pictures, {memory}."
             )
@@ -480,20 +494,23 @@ class Job:
         picture.save(run.folder / "previews" / f"step-{step:06d}.jpg", quality=90)
         return picture
 
-    def _fitting_batch(self, trainer: Contrast, device) -> tuple[int, str]:
-        """How many pictures per step fit beside the private copies, and what they take, in words."""
-        free = comfy.model_management.get_free_memory(device)
+    def _fitting_batch(self, trainer: Contrast, networks: tuple, device) -> tuple[int, bool, str]:
+        """How many pictures per step fit beside the private copies, whether with checkpoints, and what they take, in words."""
+        free, wish = comfy.model_management.get_free_memory(device), self.values.get("memory", "auto")
         try:
-            per_picture = trainer.memory_per_picture()
+            kept = trainer.memory_per_picture(block for network in networks for block in blocks(network))
         except comfy.model_management.OOM_EXCEPTION:
-            per_picture = free  # it tried two pictures; one may fit
+            kept = Kept(2 * free, free)  # it tried two pictures; one may fit
+        lean = wish == "lean" or (wish == "auto" and free // kept.fast < self.settings.batch)
+        per_picture = kept.lean if lean else kept.fast
         batch = min(self.settings.batch, int(free // per_picture))
         if batch == 0:
             raise ValueError(
                 f"Training at {self.pixels} pixels needs about {size(per_picture)} beside the model and {size(free)} are free: "
                 f"choose a smaller size than {self.pixels}, or close what else uses the memory."
             )
-        return batch, f"about {size(batch * per_picture)} of the {size(free)} of memory that are free"
+        how = " with gradient checkpointing" if lean else ""
+        return batch, lean, f"about {size(batch * per_picture)}{how} of the {size(free)} of memory that are free"
 
     def _result(self, run: Run, learned: Tensors, steps: int, said: list[str]) -> Done:
         facts = {

@@ -18,12 +18,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from .gradients import dot, project_out, signal_to_noise
 from .latents import Draw, draw
 from .loop import Diverged
 from .losses import WEIGHTINGS
-from .memory import OVER_REMEMBERED, remembered
+from .memory import OVER_REMEMBERED, Kept, remembered
 from .protocols import Conditioning, Denoiser
 
 METHODS = ("plain", "paper", "reference point")
@@ -59,6 +60,7 @@ class Contrast:
     """A trainer for the loop. Latents (n, C, H, W); negatives[i] is the pair of picture i. What is learned are `start`'s
     tensors; a kind of training says in `conditions` and `error` how they reach the model, and in `size` how far they have come."""
 
+    learned_inside = False  # what is learned acts inside the network, not on what it is told
     watch_every = 0  # steps between looks at each picture's own gradient; 0 never looks
 
     def __init__(self, denoiser: Denoiser, latents: torch.Tensor, captions: list[list[str]], start: Tensors,
@@ -141,15 +143,15 @@ class Contrast:
         picks = torch.rand(len(rows), generator=generator).tolist()
         return [ways[int(p * len(ways))] for ways, p in zip((self.captions[r] for r in rows), picks, strict=True)]
 
-    def memory_per_picture(self) -> float:
+    def memory_per_picture(self, blocks: Iterable[nn.Module] = ()) -> Kept:
         """Bytes that each picture of a batch, with its negative, adds to a step: from forward passes of 2 and of 1."""
         generator = torch.Generator().manual_seed(self.settings.seed)
-        counts = []
+        counts, blocks = [], list(blocks)
         for n in (2, 1):
             batch = draw(self.latents, self.denoiser, n, generator)
             captions, parts = [self.captions[0][0]] * n, n if self.watch_every else 1
-            counts.append(remembered(lambda b=batch, c=captions, p=parts: self._losses(b, c, self._groups(p))))
-        return (counts[0] - counts[1]) * OVER_REMEMBERED
+            counts.append(remembered(lambda b=batch, c=captions, p=parts: self._losses(b, c, self._groups(p)), blocks))
+        return Kept(*((two - one) * OVER_REMEMBERED for two, one in zip(*counts, strict=True)))
 
     def _gradients(self, batch: Draw, captions: list[str], apart: bool = False
                    ) -> tuple[float, list[torch.Tensor], list[torch.Tensor], dict[str, float]]:  # fmt: skip

@@ -80,6 +80,8 @@ def applied(network: nn.Module, groups: list[Tensors]) -> Iterator[None]:
 class StyleLora(Contrast):
     """Captions are plain text and the text encoder is frozen, so what it says of each is computed once."""
 
+    learned_inside = True
+
     def __init__(self, denoiser: Denoiser, network: nn.Module, encode: Callable[[str], Conditioning], latents: torch.Tensor,
                  captions: list[list[str]], start: Tensors, settings: Settings, negatives: torch.Tensor | None = None,
                  masks: torch.Tensor | None = None):  # fmt: skip

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 OVER_REMEMBERED = (
     1.3  # peak of a step over what autograd keeps: the largest activations and their gradients come on top
 )
 
 
-def remembered(forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of what `forward` computes, weights included."""
-    kept = {}
+class Kept(NamedTuple):
+    """Bytes that autograd keeps for a backward pass."""
+
+    fast: float  # of all that is needed
+    lean: float  # with checkpointed blocks, at the worst moment: their inputs, and the largest of them
+
+
+def remembered(forward: Callable[[], torch.Tensor], blocks: Iterable[nn.Module] = ()) -> Kept:
+    """What is kept of what `forward` computes, weights included; `blocks` are those that could be checkpointed."""
+    kept: dict[int, int] = {}
+    inputs, insides, began = [], [], []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         storage = t.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    def enter(_, given, named):
+        inputs.append(sum(x.nbytes for x in (*given, *named.values()) if isinstance(x, torch.Tensor)))
+        began.append(sum(kept.values()))
+
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            leave = block.register_forward_hook(lambda *_: insides.append(sum(kept.values()) - began.pop()))
+            stack.callback(leave.remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t))
         result = forward()  # alive until all is counted: no two storages share an address
     del result
-    return sum(kept.values())
+    whole = sum(kept.values())
+    return Kept(whole, whole - sum(insides) + sum(inputs) + max(insides, default=0))
 
 
 def duration(seconds: float) -> str:

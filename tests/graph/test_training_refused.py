@@ -157,11 +157,27 @@ def _short_of_memory(monkeypatch, free: float) -> None:
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: free)
 
 
-def test_fewer_pictures_per_step_where_memory_is_short(graph, monkeypatch, caplog):
+def _needed(graph, caplog, memory: str) -> float:
+    caplog.clear()
+    graph(prompt(batch=3, memory=memory, run=memory))
+    return float(re.search(r"steps of 3 pictures, about (\d+) MB", caplog.text)[1]) * 1e6
+
+
+def test_where_memory_is_short_it_computes_twice_and_learns_the_same(graph, monkeypatch, caplog):
     caplog.set_level("INFO")
-    graph(prompt(batch=3))
-    said = re.search(r"steps of 3 pictures, about (\d+) MB", caplog.text)
-    _short_of_memory(monkeypatch, float(said[1]) * 1e6 * 0.8)
+    fast = graph(prompt(batch=3))
+    need = {memory: _needed(graph, caplog, memory) for memory in ("fast", "lean")}
+    assert need["lean"] < 0.8 * need["fast"]
+    _short_of_memory(monkeypatch, need["fast"] * 0.9)
+    caplog.clear()
+    lean = graph(prompt(batch=3, run="short"))
+    assert "with gradient checkpointing" in caplog.text and "instead of" not in lean.value("4", 2)
+    assert torch.allclose(vectors(lean), vectors(fast), atol=1e-5)
+
+
+def test_fewer_pictures_per_step_where_memory_is_shorter_still(graph, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    _short_of_memory(monkeypatch, _needed(graph, caplog, "lean") * 0.8)
     run = graph(prompt(batch=3, seed=1))
     assert "2 instead of 3 pictures per step, to fit into memory" in run.value("4", 2)
 

@@ -79,6 +79,33 @@ def test_the_gradient_is_the_slope(family, trainee):
         assert slope.item() == pytest.approx(along.item(), rel=2e-2, abs=5e-3 * along.abs().item() + 1e-4)
 
 
+@pytest.fixture
+def checkpointing(pack):
+    return pack.training.checkpointing
+
+
+def test_checkpointed_gradients_are_the_gradients(family, trainee, checkpointing):
+    """Blocks that add to their inputs in place (FLUX.1, the text encoders) would give others without a word."""
+    model, encoder, start = trainee
+    networks = model.base.diffusion_model, encoder.clip.cond_stage_model
+    x0, noise, sigma = batch(family, model)
+
+    def gradients():
+        leaves = {k: v.clone().requires_grad_() for k, v in start.items()}
+        model.error(x0, noise, sigma, encoder.encode(["a {token} cat"] * 2, [leaves] * 2)).square().mean().backward()
+        return {k: v.grad for k, v in leaves.items()}
+
+    want = gradients()
+    with checkpointing.checkpointed(*networks):
+        got = gradients()
+    assert all((want[k] - got[k]).norm() <= 1e-5 * want[k].norm() for k in want)
+    assert len(checkpointing.blocks(networks[0])) >= 2 and len(checkpointing.blocks(networks[1])) >= 2
+    assert not any("forward" in vars(m) for network in networks for m in network.modules()), "a block was left wrapped"
+    assert not [
+        name for network in networks for name, p in network.named_parameters() if p.requires_grad or p.grad is not None
+    ]
+
+
 def test_nothing_but_the_vectors_gets_a_gradient(family, trainee):
     model, encoder, start = trainee
     vectors = {k: v.clone().requires_grad_() for k, v in start.items()}

@@ -78,6 +78,25 @@ def test_groups_that_pass_together_get_the_gradients_of_separate_passes(pack, fa
         assert scale > 0 and gap <= 1e-4 * scale
 
 
+def test_checkpointed_gradients_are_the_gradients(pack, family, setting):
+    """Of matrices inside the blocks, whose inputs ask for no gradient themselves."""
+    _, model, network, encoder, _, start = setting
+    cond = encoder.encode(["a cat", "a red dog"], [{}] * 2)
+
+    def gradients():
+        leaves = {k: t.detach().clone().requires_grad_() for k, t in moved(start, 5).items()}
+        with pack.training.lora.applied(network, [leaves]):
+            model.error(*batch(family, model), cond).square().mean().backward()
+            return leaves
+
+    want = gradients()
+    with pack.training.checkpointing.checkpointed(network, learned_inside=True):
+        got = gradients()
+    scale = sum(t.grad.square().sum() for t in want.values()).sqrt()
+    gap = sum((want[k].grad - got[k].grad).square().sum() for k in want).sqrt()
+    assert scale > 0 and gap <= 1e-5 * scale
+
+
 def test_the_gradient_is_the_slope(pack, family, setting):
     _, model, network, encoder, _, start = setting
     x0, noise, sigma = batch(family, model)
