@@ -1,11 +1,13 @@
-// What a node that trains shows on the canvas: its loss curve while it works, and a Finish now button.
-// Nothing here is saved into the graph.
+// What a node that trains shows on the canvas: its loss curve while it works, and the buttons Finish now and Continue.
+// All that is saved into the graph is how many steps were done, as a property of the node.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
-// Each sends `counterpoint.progress` while it trains and `counterpoint_loss` in its ui when it is done.
-const TRAINERS = ["CounterpointTrainEmbedding"];
+// Each sends `counterpoint.progress` while it trains, and `counterpoint_loss` and `counterpoint_steps` in its ui when it is done.
+const TRAINERS = ["CounterpointTrainEmbedding", "CounterpointTrainStyleLora"];
+const STEPS_DONE = "counterpoint_steps"; // the property
+const MORE = 200; // steps
 
 const HEIGHT = 150; // pixels, the least
 const MARGIN = 10; // around it, in the classic renderer
@@ -27,7 +29,8 @@ const MARKUP = `
   </div>
   <div class="foot">
     <span class="status"></span>
-    <button type="button" title="End the training after this step; the graph goes on with what was learned.">Finish now</button>
+    <button type="button" class="finish" title="End the training after this step; the graph goes on with what was learned.">Finish now</button>
+    <button type="button" class="continue">Continue for ${MORE} more</button>
   </div>
   <div class="contrast"></div>`;
 
@@ -51,7 +54,7 @@ const STYLE = `
     color: var(--input-text); background: var(--comfy-input-bg); border: 1px solid var(--border-color); }
   .counterpoint-training button:disabled { cursor: default; opacity: 0.45; }`;
 
-/** What is known about one training. */
+/** What is known about one training; before its first step it says nothing. */
 class Run {
   training = true;
   finishing = false;
@@ -60,7 +63,7 @@ class Run {
   step = 0;
   steps = 0;
   stats = {};
-  said = "";
+  said = "Getting ready…";
 
   constructor(promptId, nodeId) {
     Object.assign(this, { promptId, nodeId });
@@ -69,7 +72,6 @@ class Run {
   /** A training that is over, from what its node left behind. */
   static over(output) {
     const run = new Run();
-    run.steps = output.counterpoint_loss.length;
     run.close(output);
     return run;
   }
@@ -84,17 +86,18 @@ class Run {
   }
 
   /** Over, with the node's own curve (its mean at equal distances) and its own words. */
-  close({ counterpoint_loss: losses, text }) {
+  close({ counterpoint_loss: losses, counterpoint_steps: [steps], text }) {
     this.training = false;
     this.said = (text ?? []).join(" ");
-    this.steps = this.step || this.steps;
+    this.steps = steps;
     this.mean = losses.map((loss, i) => ({ step: ((i + 1) / losses.length) * this.steps, loss }));
   }
 
   /** Over without a result, or with one that went to another tab. */
   end(words) {
     this.training = false;
-    this.said = words === ENDINGS.execution_success ? words : `${words} at step ${this.step} of ${this.steps}.`;
+    const where = this.step ? ` at step ${this.step} of ${this.steps}.` : ".";
+    this.said = words === ENDINGS.execution_success ? words : words + where;
   }
 }
 
@@ -108,17 +111,32 @@ function timeLeft(seconds) {
 
 /** The widget's element; it is SVG and text, so the theme and any zoom are the browser's work. */
 class Curve {
-  constructor() {
+  constructor(node) {
+    this.node = node;
     this.element = Object.assign(document.createElement("div"), { className: "counterpoint-training", innerHTML: MARKUP });
     for (const part of ["raw", "line", "high", "low", "status", "contrast"]) this[part] = this.element.querySelector(`.${part}`);
-    this.button = this.element.querySelector("button");
-    this.button.addEventListener("click", () => this.finish());
+    this.finishing = this.element.querySelector(".finish");
+    this.finishing.addEventListener("click", () => this.finish());
+    this.continuing = this.element.querySelector(".continue");
+    this.continuing.addEventListener("click", () => this.continue());
     this.paint();
+  }
+
+  /** Steps that were done when a training of this node last gave a result. */
+  get done() {
+    return this.node.properties[STEPS_DONE] ?? 0;
   }
 
   show(run) {
     this.run = run;
     this.waiting ??= setTimeout(() => requestAnimationFrame(() => this.paint()), DRAW_EVERY);
+  }
+
+  showResult(output) {
+    if (this.run?.training) this.run.close(output);
+    else this.run = Run.over(output);
+    this.node.properties[STEPS_DONE] = output.counterpoint_steps[0];
+    this.show(this.run);
   }
 
   paint() {
@@ -127,8 +145,10 @@ class Curve {
     const { cosine, removed } = (run?.training && run.stats) || {};
     this.status.textContent = this.status.title = run?.finishing && run.training ? "Finishing after this step…" : (run?.said ?? IDLE);
     this.contrast.textContent = cosine == null ? "" : `shared with negatives: cos ${cosine.toFixed(2)}, removed ${removed.toFixed(2)}`;
-    this.button.hidden = !run?.training;
-    this.button.disabled = !run?.training || run.finishing;
+    this.finishing.hidden = !run?.training;
+    this.finishing.disabled = !run?.step || run.finishing;
+    this.continuing.hidden = run?.training || !this.done;
+    this.continuing.title = `Set steps to ${this.done + MORE} and run: the training goes on where it was.`;
     if (run?.mean.length) this.plot(run);
   }
 
@@ -150,10 +170,23 @@ class Curve {
     } catch (error) {
       run.finishing = false;
       this.paint();
-      app.extensionManager.toast.add({ severity: "error", summary: "Finish now did not work", detail: error.message, life: 10000 });
+      complain("Finish now did not work", error.message);
     }
   }
+
+  /** `steps` is what may differ when a run goes on, so the same graph with more of them trains on. */
+  async continue() {
+    const steps = this.done + MORE;
+    if (this.node.inputs?.find(({ name }) => name === "steps")?.link != null)
+      return complain("Steps come from another node", `Set them to ${steps} there, and run.`);
+    const widget = this.node.widgets.find(({ name }) => name === "steps");
+    widget.value = steps;
+    widget.callback?.(steps);
+    await app.queuePrompt(0, 1);
+  }
 }
+
+const complain = (summary, detail) => app.extensionManager.toast.add({ severity: "error", summary, detail, life: 10000 });
 
 /** Lowest and highest loss that the plot shows: all but the wildest 2 % on either side. */
 function range(points, mean) {
@@ -171,6 +204,7 @@ async function ask(route, data) {
 }
 
 const curves = new WeakMap(); // node -> Curve
+let started; // id of the prompt that runs
 let live; // the latest Run that was heard of; it outlives its node when the canvas shows another graph for a while
 
 /** The node at "9", at "13:9" (node 9 inside sub-graph node 13) or at "<id of a sub-graph>:9". */
@@ -190,6 +224,14 @@ function hear({ detail }) {
   curveAt(detail.node_id)?.show(live);
 }
 
+/** A node begins to work; a training says nothing more until its first step. */
+function begun(address) {
+  const curve = curveAt(address);
+  if (!curve) return;
+  live = new Run(started, String(address));
+  curve.show(live);
+}
+
 function ended(words, promptId) {
   if (!live?.training || live.promptId !== promptId) return;
   live.end(words);
@@ -200,12 +242,12 @@ function ended(words, promptId) {
 function restore(outputs) {
   for (const [address, output] of Object.entries(outputs ?? {})) {
     const curve = output?.counterpoint_loss?.length && curveAt(address);
-    if (curve && !curve.run) curve.show(Run.over(output));
+    if (curve && !curve.run) curve.showResult(output);
   }
 }
 
 function addCurve(node) {
-  const curve = new Curve();
+  const curve = new Curve(node);
   const place = { margin: MARGIN, hideOnZoom: false, hideInPanel: true, getMinHeight: () => HEIGHT + 2 * MARGIN };
   const options = { ...place, serialize: false, getValue: () => null, setValue: () => {} };
   const widget = node.addDOMWidget("loss curve", "COUNTERPOINT_TRAINING", curve.element, options);
@@ -214,33 +256,31 @@ function addCurve(node) {
   curves.set(node, curve);
 }
 
-function showResult(node, output) {
-  const curve = curves.get(node);
-  if (!output?.counterpoint_loss?.length || !curve) return;
-  if (curve.run?.training) curve.run.close(output);
-  else curve.run = Run.over(output);
-  curve.show(curve.run);
-}
-
 app.registerExtension({
   name: "counterpoint.training",
 
   setup() {
     document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
     api.addEventListener("counterpoint.progress", hear);
+    api.addEventListener("execution_start", ({ detail }) => (started = detail.prompt_id));
+    api.addEventListener("executing", ({ detail }) => detail && begun(detail));
     for (const [name, words] of Object.entries(ENDINGS)) api.addEventListener(name, ({ detail }) => ended(words, detail.prompt_id));
   },
 
   beforeRegisterNodeDef(nodeType, { name }) {
     if (!TRAINERS.includes(name)) return;
-    const { onNodeCreated, onExecuted } = nodeType.prototype;
+    const { onNodeCreated, onConfigure, onExecuted } = nodeType.prototype;
     nodeType.prototype.onNodeCreated = function (...given) {
       onNodeCreated?.apply(this, given);
       addCurve(this);
     };
+    nodeType.prototype.onConfigure = function (...given) {
+      onConfigure?.apply(this, given);
+      curves.get(this)?.paint();
+    };
     nodeType.prototype.onExecuted = function (output, ...given) {
       onExecuted?.call(this, output, ...given);
-      showResult(this, output);
+      if (output?.counterpoint_loss?.length) curves.get(this)?.showResult(output);
     };
   },
 

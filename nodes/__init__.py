@@ -6,6 +6,7 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from . import (
+    caption,
     compare,
     dataset,
     embedding,
@@ -17,6 +18,7 @@ from . import (
     pocket,
     progress,
     similarity,
+    snapshots,
     train_embedding,
     train_lora,
 )
@@ -24,12 +26,14 @@ from . import (
 FAMILIES = (
     pocket,
     dataset,
+    caption,
     inspect_dataset,
     generate,
     train_embedding,
     train_lora,
     embedding,
     compare,
+    snapshots,
     features,
     metrics,
     similarity,
@@ -42,7 +46,8 @@ class Counterpoint(ComfyExtension):
         progress.register_routes()
         words = Path(__file__).resolve().parents[1] / "models" / "embeddings"  # found after the user's own
         folder_paths.add_model_folder_path("embeddings", str(words))
-        folder_paths.add_model_folder_path(features.FOLDER, str(Path(folder_paths.models_dir) / features.FOLDER))
+        for name in (features.FOLDER, caption.FOLDER):
+            folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for family in FAMILIES for node in family.NODES]

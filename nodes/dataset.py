@@ -22,9 +22,10 @@ def roots() -> dict[str, Path]:
 
 
 def choices() -> list[str]:
-    """Every folder below input/ and output/ but that of kept features, and at the end these two themselves."""
+    """Every folder below input/ and output/ but those of what is kept, and at the end these two themselves."""
     found = [f"{root}/{name}" for root, place in roots().items() for name in files.subfolders(place)]
-    return [f for f in found if not f.startswith("output/counterpoint/features")] + list(roots())
+    kept = ("output/counterpoint/features", "output/counterpoint/captions")
+    return [f for f in found if not f.startswith(kept)] + list(roots())
 
 
 def read_all(entries: list[files.Entry], how: files.How, reporter: Reporter) -> tuple[list[files.Example], list[str]]:

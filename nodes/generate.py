@@ -160,10 +160,10 @@ def _paint(
         reporter.update(done, sheet([torch.stack(finished)], columns=4))
 
 
-def shrunk(picture: torch.Tensor) -> torch.Tensor:
-    """(H, W, 3) -> (3, h, w), 256 pixels at most."""
+def shrunk(picture: torch.Tensor, most: int = 256) -> torch.Tensor:
+    """(H, W, 3) -> (3, h, w), `most` pixels at most."""
     x = picture.movedim(-1, 0)[None].float().cpu()
-    scale = min(1.0, 256 / max(x.shape[-2:]))
+    scale = min(1.0, most / max(x.shape[-2:]))
     return torch.nn.functional.interpolate(x, scale_factor=scale, mode="area")[0] if scale < 1 else x[0]
 
 
