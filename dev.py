@@ -86,7 +86,8 @@ def run_in_environment(command: str, words: list[str]) -> int:
 
 
 def run_script(command: str, words: list[str]) -> int:
-    scripts = sorted(path.stem for path in (ROOT / "tests" / command).glob("[!_]*.py"))
+    files = (ROOT / "tests" / command).glob("*.py")
+    scripts = sorted(file.stem for file in files if "\ndef main(" in file.read_text(encoding="utf-8"))
     if not words or words[0] not in scripts:
         print(f"python dev.py {command} {' | '.join(scripts)}")
         return 0 if not words else 2

@@ -39,6 +39,7 @@ class Claim:
     baseline: str  # the arm that others are paired with
     seconds: float  # that a run takes on two cores, until there are records to ask
     budget: float = 3600.0  # seconds beyond which --over-budget must be said
+    digits: int = 2  # after the point, in tables
 
 
 def file_of(claim: Claim, condition: str, arm: str, seed: int) -> Path:
@@ -119,13 +120,14 @@ def table(
     arms = [a for a in dict.fromkeys((*claim.confirm.arms, *claim.screen.arms)) if a in found]
     lines = ["| | runs | " + " | ".join(measures) + " |", "|---" * (len(measures) + 2) + "|"]
     for arm in arms:
-        cells = [f"{statistics.mean(m[k] for m in found[arm].values()):.2f}" for k in measures]
+        cells = [f"{statistics.mean(m[k] for m in found[arm].values()):.{claim.digits}f}" for k in measures]
         lines.append(f"| {arm} | {len(found[arm])} | " + " | ".join(cells) + " |")
     for arm in arms:
         paired = {k: differences(found, arm, claim.baseline, k) for k in measures}
         count = len(paired[measures[0]])
         if arm not in ("base", claim.baseline) and count > 1:
-            cells = ["{:+.2f} ({:+.2f} to {:+.2f})".format(statistics.mean(d), *bootstrap(d)) for d in paired.values()]
+            figures = [(statistics.mean(d), *bootstrap(d)) for d in paired.values()]
+            cells = ["{} ({} to {})".format(*(f"{x:+.{claim.digits}f}" for x in three)) for three in figures]
             lines.append(f"| {arm} - {claim.baseline} | {count} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -176,7 +178,7 @@ def command(claim: Claim, argv: list[str], laboratory: Callable[[], tuple[str, C
     seeds = () if options.screen else plan.seeds  # those that chose what to confirm say nothing about it
     for condition in plan.conditions:
         print(condition, table(claim, (condition,), seeds=seeds), sep="\n")
-        if whole:
+        if whole and not options.screen:  # what is shown beside a claim is what was confirmed
             drawing = RESULTS / claim.name / f"{condition}.svg"
             drawing.write_text(plot(claim, condition, seeds), encoding="utf-8")
     if len(plan.conditions) > 1:
