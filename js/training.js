@@ -77,7 +77,7 @@ class Run {
   }
 
   take({ step, steps, loss, eta_s, stats }) {
-    Object.assign(this, { step, steps, stats: stats ?? {} });
+    Object.assign(this, { step, steps, stats: { ...this.stats, ...stats } }); // some are told of every 50th step only
     this.said = `Step ${step} of ${steps}${step < steps ? timeLeft(eta_s) : ""}`;
     if (loss == null) return;
     if (this.points.length >= MOST_POINTS) this.points = this.points.filter((_, i) => i % 2);
@@ -142,9 +142,8 @@ class Curve {
   paint() {
     this.waiting = undefined;
     const run = this.run;
-    const { cosine, removed } = (run?.training && run.stats) || {};
     this.status.textContent = this.status.title = run?.finishing && run.training ? "Finishing after this step…" : (run?.said ?? IDLE);
-    this.contrast.textContent = cosine == null ? "" : `shared with negatives: cos ${cosine.toFixed(2)}, removed ${removed.toFixed(2)}`;
+    this.contrast.textContent = this.contrast.title = run?.training ? figures(run.stats) : "";
     this.finishing.hidden = !run?.training;
     this.finishing.disabled = !run?.step || run.finishing;
     this.continuing.hidden = run?.training || !this.done;
@@ -187,6 +186,18 @@ class Curve {
 }
 
 const complain = (summary, detail) => app.extensionManager.toast.add({ severity: "error", summary, detail, life: 10000 });
+
+/** What there is of the figures that say how the training fares. */
+function figures({ cosine, removed, usual, signal, skipped }) {
+  return [
+    cosine != null && `shared with negatives: cos ${cosine.toFixed(2)}, removed ${removed.toFixed(2)}`,
+    usual != null && `${usual.toFixed(2)} times as long as usual words`,
+    signal != null && `signal ${signal.toFixed(2)} of the noise`,
+    skipped > 0 && `${skipped} steps skipped`,
+  ]
+    .filter(Boolean)
+    .join("; ");
+}
 
 /** Lowest and highest loss that the plot shows: all but the wildest 2 % on either side. */
 function range(points, mean) {

@@ -204,11 +204,11 @@ class Lora:
         """ComfyUI leaves out what does not fit with a warning in the log; this says it where it is seen."""
         shapes = {name: tuple(weight.shape) for name, weight in model.model.state_dict().items()}
         for layer in (key.removesuffix(UP) for key in self.tensors if key.endswith(UP)):
-            changed = len(self.tensors[layer + UP]), self.tensors[layer + DOWN].shape[1]
+            changed = (len(self.tensors[layer + UP]), *self.tensors[layer + DOWN].shape[1:])
             if shapes.get(f"{layer}.weight") != changed:
                 raise ValueError(
-                    f"This LoRA changes the layer {layer} of {changed[1]} to {changed[0]} numbers, and the model has none such: connect "
-                    "the model that it was learned on."
+                    f"This LoRA changes a layer {layer} of shape {changed}, and the model has none such: connect the model that it was "
+                    "learned on."
                 )
 
     def stored(self, learned: Tensors) -> Tensors:

@@ -12,16 +12,18 @@ from torch import nn
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks that a network is a row of: what its outermost module lists hold, and what lies in their sequences. A layer by
-    itself is none: it would keep its input either way."""
+    """The blocks that a network is a row of, the smallest such: what its module lists hold that are all of one kind, and what lies
+    in their sequences. A layer by itself is none: it would keep its input either way."""
     found: list[nn.Module] = []
     for child in network.children():
-        if isinstance(child, nn.ModuleList):
-            for member in child:
-                found += member.children() if isinstance(member, nn.Sequential) else [member]
-        else:
+        row = isinstance(child, nn.ModuleList) and len({type(member) for member in child}) == 1
+        parts = [p for m in child for p in (m.children() if isinstance(m, nn.Sequential) else [m])] if row else []
+        for part in parts:
+            inside = blocks(part)
+            found += inside or ([part] if next(part.children(), None) is not None else [])
+        if not row:
             found += blocks(child)
-    return [block for block in found if next(block.children(), None) is not None]
+    return found
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Learning a style as LoRA (Hu et al. 2022), plainly or by contrast: low-rank changes of the model's linear layers.
+"""Learning a style as LoRA (Hu et al. 2022), plainly or by contrast: low-rank changes of the model's layers, convolutions too.
 
 Both groups of a batch pass through the network together, and each sees its own copy of the matrices: the rows of a layer's
 input are dealt out to the groups, so that one backward gives every group its own gradient.
@@ -24,14 +24,14 @@ PROBE = 3  # rows of the batch that finds the layers; 1 and 2 could be other thi
 
 
 def layers_of_the_batch(network: nn.Module, forward: Callable[[int], object]) -> list[str]:
-    """Names of the linear layers whose input has a row for every picture, found by watching `forward(rows)`.
+    """Names of the layers whose input has a row for every picture, found by watching `forward(rows)`.
 
     Others (a table of places, one guidance for all) see rows that belong to no picture: a group's gradient could not be told.
     """
     seen: dict[str, bool] = {}
     with contextlib.ExitStack() as stack:
         for name, module in network.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
 
                 def watch(_, given, name=name):
                     seen[name] = seen.get(name, True) and given[0].ndim > 1 and len(given[0]) == PROBE
@@ -43,16 +43,24 @@ def layers_of_the_batch(network: nn.Module, forward: Callable[[int], object]) ->
 
 def starting_matrices(network: nn.Module, names: list[str], rank: int, seed: int) -> Tensors:
     """Down (rank, in) at random and up (out, rank) of zeros for each layer: no change at the beginning. Rank is at most what
-    the layer has room for."""
+    the layer has room for. A convolution's have its kernel, (rank, in, h, w), and one of a single place, (out, rank, 1, 1)."""
     generator = torch.Generator().manual_seed(seed)
     matrices = {}
     for name in names:
-        layer = network.get_submodule(name)
-        fitting = min(rank, layer.in_features, layer.out_features)
-        down = torch.rand(fitting, layer.in_features, generator=generator) * 2 - 1
-        matrices[name + DOWN] = (down / layer.in_features**0.5).to(layer.weight.device)
-        matrices[name + UP] = torch.zeros(layer.out_features, fitting, device=layer.weight.device)
+        weight = network.get_submodule(name).weight
+        out, inputs = len(weight), weight[0].numel()
+        fitting = min(rank, out, inputs)
+        down = torch.rand(fitting, *weight.shape[1:], generator=generator) * 2 - 1
+        matrices[name + DOWN] = (down / inputs**0.5).to(weight.device)
+        matrices[name + UP] = torch.zeros(out, fitting, *[1] * (weight.ndim - 2), device=weight.device)
     return matrices
+
+
+def low_rank(layer: nn.Module, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """up (down x), as the layer itself reads x."""
+    if isinstance(layer, nn.Conv2d):
+        return F.conv2d(F.conv2d(x, down.to(x), None, layer.stride, layer.padding, layer.dilation), up.to(x))
+    return F.linear(F.linear(x, down.to(x)), up.to(x))
 
 
 @contextlib.contextmanager
@@ -60,12 +68,9 @@ def applied(network: nn.Module, groups: list[Tensors]) -> Iterator[None]:
     """The layers with up (down x) added to what they give; the rows of x are dealt out to the groups in order."""
 
     def hook(name: str):
-        def add(_, given, out):
+        def add(layer, given, out):
             parts = given[0].chunk(len(groups))
-            low = [
-                F.linear(F.linear(x, g[name + DOWN].to(x)), g[name + UP].to(x))
-                for x, g in zip(parts, groups, strict=True)
-            ]
+            low = [low_rank(layer, x, g[name + DOWN], g[name + UP]) for x, g in zip(parts, groups, strict=True)]
             return out + torch.cat(low)
 
         return add
@@ -98,8 +103,13 @@ class StyleLora(Contrast):
         return Conditioning.stacked([self.known[c] for c in captions])
 
     def error(self, latents, noise, sigma, captions: list[str], groups: list[Tensors]) -> torch.Tensor:
-        with applied(self.network, groups):
-            return super().error(latents, noise, sigma, captions, groups)
+        cond = self.conditions(captions, groups)
+
+        def error(rows: list[int]) -> torch.Tensor:  # of every group as many, as all have the same captions
+            with applied(self.network, groups):
+                return self.denoiser.error(latents[rows], noise[rows], sigma[rows], cond.expand(rows))
+
+        return cond.by_length(error)
 
     def _losses(self, batch: Draw, captions: list[str], groups: list[Tensors]) -> torch.Tensor:
         """With `hold`, the first group's loss grows by how far the changed model is from the unchanged one on noisy pictures
@@ -122,10 +132,8 @@ class StyleLora(Contrast):
     def size(self) -> dict[str, float]:
         """`norm`: Frobenius norm of all changes up @ down together."""
         with torch.no_grad():
-            changes = [
-                (self.learned[key].T @ self.learned[key] * (d @ d.T)).sum()
-                for key in self.learned
-                if key.endswith(UP)
-                for d in [self.learned[key.removesuffix(UP) + DOWN]]
+            pairs = [
+                (up, self.learned[key.removesuffix(UP) + DOWN]) for key, up in self.learned.items() if key.endswith(UP)
             ]
+            changes = [(u.T @ u * (d @ d.T)).sum() for u, d in ((up.flatten(1), down.flatten(1)) for up, down in pairs)]
         return {"norm": sum(changes).clamp_min(0).sqrt().item()}

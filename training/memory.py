@@ -28,7 +28,7 @@ def remembered(forward: Callable[[], torch.Tensor], blocks: Iterable[nn.Module] 
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         storage = t.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr() or storage._cdata] = storage.nbytes()  # tensors without data have no address
         return t
 
     def enter(_, given, named):

@@ -108,7 +108,7 @@ def test_a_training_is_watched_finished_early_and_not_repeated(page, schemas, re
     training = wait_for_curve(page, "curve.dots >= 5")
     assert training["enabled"] and not training["going"]
     assert re.fullmatch(r"Step \d+ of 2000, .* left", training["status"])
-    assert re.fullmatch(r"shared with negatives: cos -?\d\.\d\d, removed \d\.\d\d", training["contrast"])
+    assert re.fullmatch(r"shared with negatives: cos -?\d\.\d\d, removed \d\.\d\d(; .+)?", training["contrast"])
     page.shot(f"training, {renderer}, at work")
 
     page.raw.route("**/counterpoint/finish", lambda route: route.fulfill(status=500, json={"error": "Not today."}))

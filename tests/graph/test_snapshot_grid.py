@@ -283,7 +283,7 @@ def test_another_kind_of_model_than_it_was_learned_on(graph, folders):
     word = {**grid(**other), "7": node("CounterpointLoadPocketModels")}
     one_sentence(graph(word, check=False), "embedding 'mine'", "another kind of model")
     changed = {**lora({"run": "lora"}, run="lora", **other), "7": node("SmallModelsLoadFamily", family="FLUX.1")}
-    one_sentence(graph(changed, check=False), "This LoRA changes the layer", "learned on")
+    one_sentence(graph(changed, check=False), "This LoRA changes a layer", "learned on")
     assert not painted(folders)
 
 
