@@ -88,6 +88,8 @@ CLAIM = Claim(
     digits=3,
 )
 
+README = ("leak", "style", "content followed", "held-out loss")
+
 
 def main(argv: list[str]) -> int:
     if argv == ["--base"]:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from evidence import held_out, learn_style
+from evidence import held_out, learn_style, toy_style
 from harness import claim as claims
 from harness.boot import ROOT
 from harness.claim import Claim, Plan
@@ -44,6 +44,22 @@ def test_the_readmes_table_comes_from_the_results(pack):
 
 def test_the_readmes_table_of_held_out_styles_comes_from_the_results(pack):
     assert claims.table(held_out.CLAIM, held_out.STYLES, (), held_out.CLAIM.confirm.seeds) in README
+
+
+def test_the_readmes_table_of_the_small_world_comes_from_the_results(pack):
+    assert (
+        claims.table(toy_style.CLAIM, (toy_style.CONDITION,), toy_style.README, toy_style.CLAIM.confirm.seeds) in README
+    )
+
+
+def test_how_long_the_reference_point_helps_is_what_the_readme_says():
+    found = [json.loads((claims.RESULTS / "toy_reference" / f"seed-{seed}.json").read_text()) for seed in (6, 7, 8)]
+
+    def leaks(arm: str) -> str:
+        one, two, three = (f"{next(x['leak'] for x in f[arm] if x['step'] == 50):.2f}" for f in found)
+        return f"{one}, {two} and {three}"
+
+    assert f"{leaks('reference point, norm')} of the pictures instead of {leaks('plain')}" in " ".join(README.split())
 
 
 def test_held_out_styles_are_learned_to_the_bar(pack):
