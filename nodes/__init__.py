@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import (
     caption,
     compare,
+    curves,
     dataset,
     embedding,
     features,
@@ -34,6 +35,7 @@ FAMILIES = (
     embedding,
     compare,
     snapshots,
+    curves,
     features,
     metrics,
     similarity,

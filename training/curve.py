@@ -34,8 +34,8 @@ def curve(points: list[Point], x_name: str, y_name: str) -> Image.Image:
     """Points joined in the given order, with crosses for their intervals."""
     canvas = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     pen, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(16), ImageFont.load_default(13)
-    across = _scale([e for p in points for e in p.x.ends], LEFT, WIDTH - RIGHT)
-    upward = _scale([e for p in points for e in p.y.ends], HEIGHT - BOTTOM, TOP)
+    across = Scale([e for p in points for e in p.x.ends], LEFT, WIDTH - RIGHT)
+    upward = Scale([e for p in points for e in p.y.ends], HEIGHT - BOTTOM, TOP)
     for value, at in across.ticks():
         pen.line((at, TOP, at, HEIGHT - BOTTOM), PALE)
         pen.text((at, HEIGHT - BOTTOM + 6), f"{value:.3g}", INK, small, anchor="ma")
@@ -56,7 +56,7 @@ def curve(points: list[Point], x_name: str, y_name: str) -> Image.Image:
     return canvas
 
 
-class _scale:
+class Scale:
     """Values to pixels, from `start` to `end`, with a little room at both ends."""
 
     def __init__(self, values: list[float], start: float, end: float):

@@ -9,6 +9,7 @@ import torch
 
 from harness.boot import ROOT
 from harness.convert import to_prompt
+from harness.training import node
 
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 BY_NAME = pytest.mark.parametrize("file", BLUEPRINTS, ids=lambda path: path.stem)
@@ -38,13 +39,13 @@ def test_blueprints_are_shipped():
 @BY_NAME
 def test_nodes_inputs_and_link_types_are_those_of_this_comfyui(file: Path, client):
     inner, known = definition(file), client.get("/object_info")
-    made_of = {node["id"]: node for node in inner["nodes"]}
-    for node in made_of.values():
-        kind = known[node["type"]]
+    made_of = {part["id"]: part for part in inner["nodes"]}
+    for part in made_of.values():
+        kind = known[part["type"]]
         there = {k: v[0] for group in ("required", "optional") for k, v in kind["input"].get(group, {}).items()}
         types = {k: "COMBO" if isinstance(v, list) else v for k, v in there.items()}
-        assert {i["name"]: i["type"] for i in node["inputs"]} == types
-        assert [o["type"] for o in node["outputs"]] == kind["output"]
+        assert {i["name"]: i["type"] for i in part["inputs"]} == types
+        assert [o["type"] for o in part["outputs"]] == kind["output"]
     for link in inner["links"]:
         starts = inner["inputs"] if link["origin_id"] == INSIDE else made_of[link["origin_id"]]["outputs"]
         ends = inner["outputs"] if link["target_id"] == OUTSIDE else made_of[link["target_id"]]["inputs"]
@@ -96,6 +97,40 @@ def test_caption_pictures_gives_a_caption_for_each_picture_of_a_list(server, gra
     words, how = reader.asked[0]
     assert pack.nodes.caption.PROMPT in words
     assert how["max_length"] == 60 and not how["do_sample"] and not how["thinking"] and not how["skip_template"]
+
+
+def learn_a_style(url: str, **values) -> tuple[dict[str, dict], str, str]:
+    """The blueprint as a prompt, on the small SD1.5 (nodes 1) and three pictures (2): with its trainer's id and Use Embedding's."""
+    inside = to_prompt(ROOT / "subgraphs" / "Learn a Style.json", url)
+    ids = {node["class_type"]: key for key, node in inside.items()}
+    trainer, use = ids.pop("CounterpointTrainEmbedding"), ids.pop("CounterpointUseEmbedding")
+    assert not ids
+    inside[trainer]["inputs"] |= {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": ["2", 0], **values}
+    inside[use]["inputs"] |= {"clip": ["1", 1]}
+    pictures = node("CounterpointPocketPictures", count=3)
+    return {"1": node("SmallModelsLoadSD15"), "2": pictures, **inside}, trainer, use
+
+
+def test_learn_a_style_says_what_its_two_nodes_say_by_themselves(server, graph):
+    """Every widget that was not promoted stands at its node's own default, and only the word goes from one to the other."""
+    prompt, trainer, use = learn_a_style(server.url)
+    for key in (trainer, use):
+        own = node(prompt[key]["class_type"])["inputs"]
+        assert {k: v for k, v in prompt[key]["inputs"].items() if not isinstance(v, list)} == own
+    assert prompt[use]["inputs"]["embedding"] == [trainer, 0]
+
+
+def test_learn_a_style_learns_a_word_that_the_prompt_behind_it_knows(server, graph):
+    quick = {"captions": ["2", 1], "vectors": 1, "steps": 4, "batch": 2, "size": 64, "preview_every": 0}
+    prompt, trainer, use = learn_a_style(server.url, **quick)
+    for key, text in (("a", "a cat, embedding:my-style"), ("b", "a cat, picture")):  # the word began as "picture"
+        prompt[key] = node("CLIPTextEncode", clip=[use, 0], text=text)
+        prompt[f"{key} shown"] = node("PreviewAny", source=[key, 0])
+    run = graph(prompt)
+    assert run.value(use, 1) == "embedding:my-style"
+    assert "4 steps on 3 pictures at 64, each with its caption" in run.value(trainer, 2)
+    taught, plain = (run.value(key)[0][0] for key in "ab")
+    assert taught.shape == plain.shape and not taught.equal(plain)
 
 
 def giver(kind: str, values: list) -> type:
