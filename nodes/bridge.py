@@ -14,7 +14,7 @@ import comfy.model_management
 import comfy.supported_models
 import torch
 
-from ..training.embedding import Embedding, by_word, word_name
+from ..training.embedding import ENCODER, Embedding, by_word, word_name
 from ..training.protocols import Conditioning, Vectors
 
 TOKEN = "{token}"  # stands for the vectors in captions and templates
@@ -41,8 +41,18 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone()
 
 
+def check_not_packed(module: torch.nn.Module, what: str) -> None:
+    """GGUF's loaders give tensors of their own kind, which hold blocks of packed numbers and say so in `tensor_type`."""
+    if any(hasattr(p, "tensor_type") for p in module.parameters()):
+        raise ValueError(
+            f"This {what} was loaded from a GGUF file, whose packed weights nothing can be trained through: load the same model from a "
+            ".safetensors file, in fp8 if memory is short."
+        )
+
+
 def private_model(model):
     """A MODEL of our own with ordinary weights, its patches kept, not streamed. Call under `training_mode`."""
+    check_not_packed(model.model, "MODEL")
     if model.cached_patcher_init is not None:
         return model.clone(disable_dynamic=True, force_deepcopy=True)
     base = model.model  # a loader that left no factory: a new shell around copies of the networks
@@ -58,6 +68,7 @@ def private_model(model):
 
 def private_clip(clip):
     """A CLIP of our own with ordinary weights, its patches kept. Call under `training_mode`."""
+    check_not_packed(clip.cond_stage_model, "CLIP")
     module = copy.deepcopy(clip.cond_stage_model)
     own = clip.clone()
     own.patcher = clip.patcher.clone(model_override=(module, ({}, {}, {}, set())))
@@ -86,12 +97,16 @@ class ComfyDenoiser:
     def error(
         self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, cond: Conditioning
     ) -> torch.Tensor:
-        noisy = self.sampling.noise_scaling(sigma.view(-1, *[1] * (latents.ndim - 1)), noise, latents)
+        return cond.by_length(lambda rows: self._error(latents[rows], noise[rows], sigma[rows], cond.expand(rows)))
+
+    def _error(self, latents, noise, sigma, cond: Conditioning) -> torch.Tensor:
+        each = (-1, *[1] * (latents.ndim - 1))
+        noisy = self.sampling.noise_scaling(sigma.view(each), noise, latents)
         denoised = self.base.apply_model(noisy, sigma, transformer_options={}, **self._conditions(noisy, cond))
         # Every parameterisation is linear in what the network says; its slope turns an error of x0 into one of its own.
         unit = torch.ones_like(sigma)
         slope = self.sampling.calculate_denoised(sigma, unit, torch.zeros_like(unit))
-        return (denoised - latents) / slope.view(-1, *[1] * (latents.ndim - 1))
+        return ((denoised - latents) / slope.view(each)).flatten(1, -3)
 
     def _conditions(self, noisy: torch.Tensor, cond: Conditioning) -> dict:
         scale = self.base.latent_format.spacial_downscale_ratio
@@ -143,9 +158,21 @@ def encoder_tokenizers(clip) -> dict[str, object]:
     parts = [
         t for t in vars(clip.tokenizer).values() if hasattr(t, "embedding_key") and hasattr(t, "_try_get_embedding")
     ]
-    if not parts:
-        raise ValueError(f"This CLIP ({type(clip.tokenizer).__name__}) has no encoder that takes learned words.")
+    if not parts or not _takes_words(clip, parts):
+        raise ValueError(
+            f"This CLIP ({type(clip.tokenizer).__name__}) has no encoder that takes learned words: use Train Style LoRA for such a model."
+        )
     return {t.embedding_key: t for t in parts if encoder_module(clip, t.embedding_key) is not None}
+
+
+def _takes_words(clip, tokenizers: list) -> bool:
+    """Whether core's tokenizer of whole prompts bears vectors among its numbers. Qwen-Image's does not."""
+    word = {t.embedding_key: torch.zeros(1, t.embedding_size) for t in tokenizers}
+    try:
+        with_embeddings(clip, {"word": word}).tokenize("a embedding:word")
+    except RuntimeError:  # it compares them with the number of a picture
+        return False
+    return True
 
 
 def with_embeddings(clip, table: dict[str, Vectors]):
@@ -229,6 +256,9 @@ FAMILIES = {  # the first class that fits
     comfy.supported_models.SD20: Family("SD 2", 768, 1000, 4, 7.0),
     comfy.supported_models.SDXL: Family("SDXL", 1024, 1000, 4, 7.0),
     comfy.supported_models.SD3: Family("SD 3", 1024, 1500, 4, 4.5),
+    comfy.supported_models.Flux2: Family("FLUX.2", 1024, 1500, 4, 1.0),
+    comfy.supported_models.QwenImage: Family("Qwen-Image", 1024, 1500, 4, 4.0),
+    comfy.supported_models.ZImage: Family("Z-Image", 1024, 1500, 4, 1.0),
     comfy.supported_models.Flux: Family(
         "FLUX.1", 1024, 1500, 4, 1.0, "Words for FLUX.1 are experimental: people report that they do little."
     ),
@@ -278,10 +308,13 @@ def _vocabulary(clip, key: str) -> torch.Tensor:
 
 
 def for_encoders(clip, vectors: Vectors) -> Vectors:
-    """A1111's and diffusers' files name no encoder; where there is one only, it is meant."""
-    keys = list(encoder_tokenizers(clip))
-    known = re.fullmatch(r"(clip_|t5|bert|llama|qwen|mistral|gemma).*", next(iter(vectors)))
-    return vectors if known or len(vectors) > 1 or len(keys) > 1 else {keys[0]: next(iter(vectors.values()))}
+    """A1111's and diffusers' files name no encoder; the only one is meant, or the only one of that width."""
+    (key, only), *more = vectors.items()
+    if more or ENCODER.fullmatch(key):
+        return vectors
+    widths = {k: t.embedding_size for k, t in encoder_tokenizers(clip).items()}
+    meant = [k for k, width in widths.items() if len(widths) == 1 or width == only.shape[-1]]
+    return {meant[0]: only} if len(meant) == 1 else vectors
 
 
 def check_embedding_fits(clip, embedding: Embedding) -> None:
@@ -300,11 +333,27 @@ def check_embedding_fits(clip, embedding: Embedding) -> None:
         )
 
 
+def what_does_not_meet(clip, embedding: Embedding) -> str:
+    """One sentence if some encoders of a CLIP have no part in a word, or some parts no encoder; it works, but not as it was trained."""
+    has, takes = list(embedding.vectors), list(encoder_tokenizers(clip))
+    unknown, unused = [k for k in takes if k not in has], [k for k in has if k not in takes]
+    if not unknown and not unused:
+        return ""
+    result = f"{', '.join(unknown)} will not know it" if unknown else f"its part for {', '.join(unused)} is not used"
+    return (
+        f"The embedding {embedding.name!r} is for {', '.join(has)} and this CLIP has {', '.join(takes)}, so {result}: expect less of it "
+        "than on the kind of model it was trained on."
+    )
+
+
 def check_belong_together(model, cond: Conditioning) -> None:
     """MODEL and CLIP from different checkpoints: say so before the matrix product does."""
     config = model.model.model_config.unet_config
     expected = config.get("context_dim") or config.get("context_in_dim")
     expected = expected or (config.get("context_embedder_config") or {}).get("params", {}).get("in_features")
+    expected = expected or config.get("cap_feat_dim")  # Z-Image
+    if not expected:  # Qwen-Image
+        expected = getattr(getattr(model.model.diffusion_model, "txt_in", None), "in_features", None)
     if expected and cond.states.shape[-1] != expected:
         raise ValueError(
             f"MODEL and CLIP do not belong together: the model expects {expected} numbers per token and this CLIP gives "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import folder_paths
@@ -11,10 +12,11 @@ from comfy_api.latest import io, ui
 from ..training import artefact
 from ..training import embedding as files
 from ..training.sheet import to_image
-from .bridge import check_embedding_fits, with_embeddings
+from .bridge import check_embedding_fits, what_does_not_meet, with_embeddings
 from .train_embedding import CATEGORY, EmbeddingType
 
 SUFFIX = artefact.SUFFIX
+NONE = "none"
 
 
 class UseEmbedding(io.ComfyNode):
@@ -50,7 +52,10 @@ class UseEmbedding(io.ComfyNode):
     def execute(cls, clip, embedding, name) -> io.NodeOutput:
         files.check_name(name)
         check_embedding_fits(clip, embedding)
-        return io.NodeOutput(with_embeddings(clip, embedding.words(name)), f"embedding:{name}")
+        if warning := what_does_not_meet(clip, embedding):
+            logging.warning(warning)
+        shown = {"text": [warning]} if warning else None
+        return io.NodeOutput(with_embeddings(clip, embedding.words(name)), f"embedding:{name}", ui=shown)
 
 
 class SaveEmbedding(io.ComfyNode):
@@ -139,6 +144,14 @@ class LoadEmbedding(io.ComfyNode):
                     options=sources(),
                     tooltip="A file in models/embeddings (.safetensors, or the older .pt and .bin), or run: a step of a run; 1 of them.",
                 ),
+                io.Combo.Input(
+                    "second",
+                    options=[NONE, *sources()],
+                    default=NONE,
+                    optional=True,
+                    tooltip="Where one word lies in 2 files, as diffusers leaves them for SDXL: the other file. Both become one word for clip_l "
+                    "(768 numbers) and clip_g (1280).",
+                ),
             ],
             outputs=[
                 EmbeddingType.Output(
@@ -149,17 +162,22 @@ class LoadEmbedding(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, embedding):
-        file = source_file(embedding)
-        return f"{file.stat().st_mtime_ns}-{file.stat().st_size}"
+    def fingerprint_inputs(cls, embedding, second=NONE):
+        stats = [source_file(choice).stat() for choice in (embedding, second) if choice != NONE]
+        return " ".join(f"{s.st_mtime_ns}-{s.st_size}" for s in stats)
 
     @classmethod
-    def execute(cls, embedding) -> io.NodeOutput:
-        file = source_file(embedding)
-        if file.name == "checkpoint.safetensors":
-            tree = artefact.read_tree(file)
-            return io.NodeOutput(files.Embedding.of(tree["state"]["learned"], file.parent.name, {"step": tree["step"]}))
-        return io.NodeOutput(files.load(file))
+    def execute(cls, embedding, second=NONE) -> io.NodeOutput:
+        loaded = load(embedding)
+        return io.NodeOutput(loaded if second == NONE else files.joined(loaded, load(second)))
+
+
+def load(choice: str) -> files.Embedding:
+    file = source_file(choice)
+    if file.name == "checkpoint.safetensors":
+        tree = artefact.read_tree(file)
+        return files.Embedding.of(tree["state"]["learned"], file.parent.name, {"step": tree["step"]})
+    return files.load(file)
 
 
 RUN = "run: "

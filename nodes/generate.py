@@ -149,9 +149,8 @@ def _paint(
             preview = previewer.decode_latent_to_preview(x0) if previewer else None
             reporter.update(Progress(number * recipe.steps + step + 1, len(batches) * recipe.steps, {}, 0, 0), preview)
 
-        pictures = vae.decode(
-            sample(model, [encoded[prompts[i]] for i in rows], encoded[recipe.negative], recipe, rows, tell)
-        )
+        latents = sample(model, [encoded[prompts[i]] for i in rows], encoded[recipe.negative], recipe, rows, tell)
+        pictures = vae.decode(latents).flatten(0, -4)  # a VAE of films (Qwen-Image) gives pictures of 1 frame
         for i, picture in zip(rows, pictures, strict=True):
             write_picture(files[i], picture, prompts[i])
         finished += [shrunk(picture) for picture in pictures[: SHOWN - len(finished)]]

@@ -59,14 +59,14 @@ class TrainStyleLora(io.ComfyNode):
                 *caption_inputs(),
                 *time_inputs(RATE, snapshots=250),
                 io.Float.Input(
-                    "hold",
-                    default=1.0,
+                    "empty",
+                    default=0.25,
                     min=0.0,
-                    max=10.0,
-                    step=0.1,
+                    max=0.9,
+                    step=0.05,
                     advanced=True,
-                    tooltip="How firmly what the model paints without a prompt is held where it was (1 is as firmly as the style is learned), "
-                    "so that CFG strengthens the style. 0 lets it drift, and trains a fifth faster.",
+                    tooltip="Share of captions left empty, so that the picture without a prompt takes the style too, and CFG goes on to "
+                    "strengthen what is asked for: 0.25 is one in four.",
                 ),
                 io.Boolean.Input(
                     "together",
@@ -121,10 +121,8 @@ class LoraJob(Job):
             check_belong_together(model, first)
 
             def look(rows: int) -> None:
-                noise, sigma = (
-                    torch.zeros_like(latents[:1].expand(rows, -1, -1, -1)),
-                    denoiser.sigmas(rows, torch.Generator()),
-                )
+                noise = torch.zeros_like(latents[:1].expand(rows, *latents.shape[1:]))
+                sigma = denoiser.sigmas(rows, torch.Generator())
                 denoiser.error(noise, noise, sigma.to(latents.device), first.expand([0] * rows))
 
             names = layers_of_the_batch(network, look)

@@ -140,7 +140,7 @@ def time_inputs(rate: str, snapshots: int) -> list:
             min=0,
             max=20000,
             tooltip="0 takes what suits the model: 200 for Pocket (about 1 minute on two cores), 1000 for SD 1.5, SD 2 and SDXL, "
-            "1500 for SD 3 and FLUX.1.",
+            "1500 for SD 3, FLUX, Qwen-Image and Z-Image.",
         ),
         io.Int.Input(
             "batch",
@@ -284,7 +284,7 @@ class Job:
             method=values["method"], strength=values["strength"], steps=values["steps"], batch=values["batch"],
             learning_rate=values["learning_rate"], weighting=values["weighting"], seed=values["seed"],
             keep_norm=values.get("keep_norm", False), together=values.get("together", False),
-            hold=values.get("hold", 0.0),
+            empty=values.get("empty", 0.0),
         )  # fmt: skip
         self.mirror = values.get("mirror", False)
         self.contrastive = self.settings.method != "plain" and self.settings.strength > 0
@@ -488,7 +488,10 @@ class Job:
         with torch.no_grad(), self.previewed(learned, model, clip) as (words, prompt):
             cond, empty = (words.encode_from_tokens_scheduled(words.tokenize(text)) for text in (prompt, ""))
             recipe = Recipe("", self.pixels, self.pixels, 1, 12, self.family.cfg, "euler", "normal")
-            pictures = self.vae.decode(sample(model, [cond] * 4, empty, recipe, [0, 1, 2, 3])).movedim(-1, 1)
+            latents = sample(model, [cond] * 4, empty, recipe, [0, 1, 2, 3])
+            pictures = (
+                self.vae.decode(latents).flatten(0, -4).movedim(-1, 1)
+            )  # a VAE of films gives pictures of 1 frame
         picture = sheet([pictures], columns=2)
         (run.folder / "previews").mkdir(exist_ok=True)
         picture.save(run.folder / "previews" / f"step-{step:06d}.jpg", quality=90)

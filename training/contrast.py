@@ -45,7 +45,7 @@ class Settings:
     )
     keep_norm: bool = False  # of a word: rescale each vector to its starting length after every step
     together: bool = False  # project over all tensors at once, not over each by itself
-    hold: float = 0.0  # of a LoRA: weight of staying where it was without a prompt
+    empty: float = 0.0  # of a LoRA: share of captions that are left empty
     weighting: str = "low frequencies"
     average: float = 0.9  # of the negative gradient over steps, `reference point` only
     seed: int = 0
@@ -140,8 +140,12 @@ class Contrast:
             raise Diverged(f"The loss was not a number for {PATIENCE} steps in a row, the last of them step {i + 1}")
 
     def _pick_captions(self, rows: list[int], generator: torch.Generator) -> list[str]:
-        picks = torch.rand(len(rows), generator=generator).tolist()
-        return [ways[int(p * len(ways))] for ways, p in zip((self.captions[r] for r in rows), picks, strict=True)]
+        """One number for each picture: below `empty` none of its ways, and the rest of the line shared out among them."""
+        picks, empty = torch.rand(len(rows), generator=generator).tolist(), self.settings.empty
+        ways = (self.captions[r] for r in rows)
+        return [
+            "" if p < empty else w[int((p - empty) / (1 - empty) * len(w))] for w, p in zip(ways, picks, strict=True)
+        ]
 
     def memory_per_picture(self, blocks: Iterable[nn.Module] = ()) -> Kept:
         """Bytes that each picture of a batch, with its negative, adds to a step: from forward passes of 2 and of 1."""

@@ -14,6 +14,10 @@ from safetensors import SafetensorError
 from . import artefact
 from .protocols import Vectors
 
+ENCODER = re.compile(
+    r"(clip_|t5|bert|llama|qwen|mistral|gemma).*"
+)  # keys that name a text encoder; others name the word
+WIDTHS = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}  # of encoders that files were made for that name none
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -92,12 +96,39 @@ def load(path: Path) -> Embedding:
             f"{path.name} is not an embedding: it holds {wrong or 'nothing'}, not vectors of shape (k, width)."
         )
     vectors = {k: v.float().reshape(-1, v.shape[-1]) for k, v in tensors.items()}
+    if len(vectors) == 1:
+        ((key, only),) = vectors.items()
+        named = ENCODER.fullmatch(key.rpartition("/")[2])
+        vectors = {key if named else WIDTHS.get(only.shape[1], key): only}
     return Embedding.of(
         vectors, path.stem, {k: _plain(v) for k, v in metadata.items() if not k.startswith("modelspec.")}
     )
 
 
 OTHER_NAMES = {"t5": "t5xxl"}  # OneTrainer's and diffusers', which ComfyUI would ignore
+
+
+def joined(first: Embedding, second: Embedding) -> Embedding:
+    """One word of two files with a part each, as diffusers' training for SDXL leaves them. Raises ValueError where the two are not
+    the parts of one word."""
+    for part in (first, second):
+        if unnamed := [v.shape[1] for k, v in part.vectors.items() if not ENCODER.fullmatch(k)]:
+            raise ValueError(
+                f"{part.name!r} does not say which text encoder its vectors of {unnamed[0]} numbers are for, so it cannot be joined: those of "
+                "768 are taken for clip_l's and those of 1280 for clip_g's."
+            )
+    if twice := first.vectors.keys() & second.vectors.keys():
+        raise ValueError(
+            f"{first.name!r} and {second.name!r} are both for {', '.join(sorted(twice))}: choose a second file for another text encoder, "
+            "or 'none'."
+        )
+    if first.count != second.count:
+        raise ValueError(
+            f"{first.name!r} has {first.count} vectors and {second.name!r} has {second.count}: the parts of one word have equally many, so "
+            "choose the two files that one training left."
+        )
+    vectors, others = first.vectors | second.vectors, second.others | first.others
+    return Embedding(vectors, first.name, second.facts | first.facts, others)
 
 
 def _legacy(path: Path) -> Vectors:

@@ -7,6 +7,7 @@ input are dealt out to the groups, so that one backward gives every group its ow
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,12 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .contrast import Contrast, Settings, Tensors
-from .latents import Draw
-from .losses import WEIGHTINGS
 from .protocols import Conditioning, Denoiser
 
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"  # as ComfyUI and most trainers name them
-HELD = 4  # one in so many pictures of a batch is also looked at without a prompt
 PROBE = 3  # rows of the batch that finds the layers; 1 and 2 could be other things
 
 
@@ -31,7 +29,7 @@ def layers_of_the_batch(network: nn.Module, forward: Callable[[int], object]) ->
     seen: dict[str, bool] = {}
     with contextlib.ExitStack() as stack:
         for name, module in network.named_modules():
-            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+            if _is_linear(module) or (isinstance(module, nn.Conv2d) and module.groups == 1):
 
                 def watch(_, given, name=name):
                     seen[name] = seen.get(name, True) and given[0].ndim > 1 and len(given[0]) == PROBE
@@ -41,18 +39,24 @@ def layers_of_the_batch(network: nn.Module, forward: Callable[[int], object]) ->
     return [name for name, whole in seen.items() if whole]
 
 
+def _is_linear(layer: nn.Module) -> bool:
+    """ComfyUI's layers with scaled 8 bit weights are linear too, and no nn.Linear."""
+    return hasattr(layer, "in_features") and getattr(getattr(layer, "weight", None), "ndim", 0) == 2
+
+
 def starting_matrices(network: nn.Module, names: list[str], rank: int, seed: int) -> Tensors:
     """Down (rank, in) at random and up (out, rank) of zeros for each layer: no change at the beginning. Rank is at most what
     the layer has room for. A convolution's have its kernel, (rank, in, h, w), and one of a single place, (out, rank, 1, 1)."""
     generator = torch.Generator().manual_seed(seed)
     matrices = {}
     for name in names:
-        weight = network.get_submodule(name).weight
-        out, inputs = len(weight), weight[0].numel()
+        layer = network.get_submodule(name)
+        out, *kernel = (layer.out_features, layer.in_features) if _is_linear(layer) else layer.weight.shape
+        inputs = math.prod(kernel)
         fitting = min(rank, out, inputs)
-        down = torch.rand(fitting, *weight.shape[1:], generator=generator) * 2 - 1
-        matrices[name + DOWN] = (down / inputs**0.5).to(weight.device)
-        matrices[name + UP] = torch.zeros(out, fitting, *[1] * (weight.ndim - 2), device=weight.device)
+        down = torch.rand(fitting, *kernel, generator=generator) * 2 - 1
+        matrices[name + DOWN] = (down / inputs**0.5).to(layer.weight.device)
+        matrices[name + UP] = torch.zeros(out, fitting, *[1] * (len(kernel) - 1), device=layer.weight.device)
     return matrices
 
 
@@ -83,7 +87,11 @@ def applied(network: nn.Module, groups: list[Tensors]) -> Iterator[None]:
 
 
 class StyleLora(Contrast):
-    """Captions are plain text and the text encoder is frozen, so what it says of each is computed once."""
+    """Captions are plain text and the text encoder is frozen, so what it says of each is computed once.
+
+    Some are left empty (`Settings.empty`): guidance paints the difference between a prompt and none, and a picture without a prompt
+    that drifts on its own, or is held where it was, makes that difference too large or takes the style out of it.
+    """
 
     learned_inside = True
 
@@ -111,23 +119,9 @@ class StyleLora(Contrast):
 
         return cond.by_length(error)
 
-    def _losses(self, batch: Draw, captions: list[str], groups: list[Tensors]) -> torch.Tensor:
-        """With `hold`, the first group's loss grows by how far the changed model is from the unchanged one on noisy pictures
-        without a prompt. Guidance paints the difference between prompt and none: if a LoRA moved both alike, more guidance
-        would not strengthen what it learned."""
-        losses = super()._losses(batch, captions, groups)
-        if not self.settings.hold:
-            return losses
-        count = max(1, len(batch.rows) // HELD)
-        rows = self.latents[batch.rows[:count]], batch.noise[:count], batch.sigma[:count]
-        nothing = self.conditions([""] * count, [{}])
-        with torch.no_grad():
-            before = self.denoiser.error(*rows, nothing)
-        with applied(self.network, groups[:1]):
-            drift = self.denoiser.error(*rows, nothing) - before
-        weights = WEIGHTINGS[self.settings.weighting](self.denoiser.snr(rows[2]))
-        held = (drift.float().square().flatten(1).mean(1) * weights).mean()
-        return torch.cat([losses[:1] + self.settings.hold * held, losses[1:]])
+    def idle(self) -> list[str]:
+        """Nothing to tell: in some networks (Qwen-Image) the text of the last block reaches no picture, whatever is learned."""
+        return []
 
     def size(self) -> dict[str, float]:
         """`norm`: Frobenius norm of all changes up @ down together."""

@@ -19,7 +19,7 @@ ARMS = {
     "reference point": {"method": "reference point"},
     "reference point, together": {"method": "reference point", "together": True},
     "plain, captions": {"method": "plain", "caption_use": "caption"},
-    "plain, captions, not held": {"method": "plain", "caption_use": "caption", "hold": 0.0},
+    "plain, captions, none empty": {"method": "plain", "caption_use": "caption", "empty": 0.0},
 }
 CLAIM = Claim(
     name="learn_style_lora",

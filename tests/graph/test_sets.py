@@ -41,6 +41,13 @@ def pictures(run, id: str = "2") -> torch.Tensor:
     return torch.cat(run.outputs[id][0])
 
 
+@pytest.mark.parametrize("family", ["FLUX.2", "Qwen-Image", "Z-Image"])
+def test_a_set_is_painted_whatever_latents_look_like(graph, folders, family):
+    """16 pixels to a latent, latents of films, and texts that differ in length."""
+    whole = {**generate(), "1": node("SmallModelsLoadFamily", family=family)}
+    assert pictures(graph(whole)).shape == (4, 64, 64, 3)
+
+
 def files(folder) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.suffix in (".png", ".txt")}
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from harness.training import at_step, node, one_sentence, steps
 
-NAMES = ("SD1.5", "SDXL", "SD3.5", "FLUX.1")
+NAMES = ("SD1.5", "SDXL", "SD3.5", "FLUX.1", "FLUX.2", "Qwen-Image", "Z-Image")
 
 
 def prompt(family: str = "SD1.5", **inputs) -> dict[str, dict]:
@@ -53,6 +53,20 @@ def test_a_style_is_learned_used_and_kept(graph, folders, family):
     assert all(key.startswith("diffusion_model.") for key in run.value("4"))
 
 
+def test_masks_cover_latents_of_films_too(graph, given):
+    """Qwen-Image's have a dimension more. White is no mask at all, and half of it is another training."""
+    learned = {}
+    for name, white in (("none", None), ("whole", 64), ("left", 32)):
+        masks = torch.zeros(1, 64, 64)
+        masks[:, :, : white or 0] = 1
+        whole = prompt("Qwen-Image", steps=3, preview_every=0, captions=None, masks=["6", 0] if white else None)
+        pictures = torch.rand(3, 64, 64, 3, generator=torch.Generator().manual_seed(3))
+        whole |= {"2": given("IMAGE", [pictures]), **({"6": given("MASK", [masks])} if white else {})}
+        learned[name] = graph(whole).value("4")
+    assert all(torch.equal(learned["none"][k], learned["whole"][k]) for k in learned["none"])
+    assert not all(torch.equal(learned["none"][k], learned["left"][k]) for k in learned["none"])
+
+
 def test_pocket_can_be_taught(graph):
     whole = {**prompt(size=128, steps=3), "1": node("CounterpointLoadPocketModels")}
     run = graph({**whole, **painting(["4", 0])})
@@ -91,8 +105,11 @@ def test_bad_input_is_one_clear_sentence(graph, changed, words):
     one_sentence(graph(prompt(**changed), check=False), *words)
 
 
-def test_a_clip_of_another_family(graph):
-    whole = {**prompt("SDXL"), "7": node("SmallModelsLoadFamily", family="SD1.5")}
+@pytest.mark.parametrize(
+    "family, other", [("SDXL", "SD1.5"), ("FLUX.2", "Z-Image"), ("Qwen-Image", "SDXL"), ("Z-Image", "SDXL")]
+)
+def test_a_clip_of_another_family(graph, family, other):
+    whole = {**prompt(family), "7": node("SmallModelsLoadFamily", family=other)}
     whole["4"]["inputs"]["clip"] = ["7", 1]
     one_sentence(graph(whole, check=False), "MODEL and CLIP do not belong together", "same checkpoint")
 

@@ -45,7 +45,7 @@ def unchanged(before: dict[str, torch.Tensor], module) -> bool:
     return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def conditioning(clip, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+def conditioning(clip, text: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Through core's CLIPTextEncode."""
     import nodes
 

@@ -83,6 +83,7 @@ OLDER = {  # as these programs write them
     },
     "diffusers.bin": {"<my-style>": torch.ones(8)},
     "kohya.pt": {"emb_params": torch.ones(2, 8)},
+    "misspelt.bin": {"emp_params": torch.ones(2, 8)},
 }
 
 
@@ -101,6 +102,63 @@ def test_onetrainers_names_become_comfyuis(pack, tmp_path):
     )
     vectors = pack.training.embedding.load(tmp_path / "flux.safetensors").vectors
     assert {k: v.shape for k, v in vectors.items()} == {"clip_l": (2, 8), "t5xxl": (2, 16)}
+
+
+@pytest.mark.parametrize("width, key", [(768, "clip_l"), (1024, "clip_h"), (1280, "clip_g"), (8, None)])
+@pytest.mark.parametrize("theirs", ["*", "emb_params", "emp_params", "<my-style>"])
+def test_what_names_no_encoder_is_saved_under_comfyuis_key(pack, save, root, tmp_path, theirs, width, key):
+    """By its width, where that says it; exactly one tensor, whatever else is known is in the header."""
+    state = (
+        {"string_to_param": {"*": torch.ones(2, width)}, "step": 9} if theirs == "*" else {theirs: torch.ones(2, width)}
+    )
+    torch.save(state, tmp_path / "theirs.pt")
+    with safe_open(save(pack.training.embedding.load(tmp_path / "theirs.pt"), "ours"), "pt") as f:
+        assert list(f.keys()) == [key or theirs] and f.get_tensor(key or theirs).equal(torch.ones(2, width))
+        assert f.metadata()["modelspec.title"] == "ours"
+
+
+@pytest.fixture
+def pair(root):
+    """Writes diffusers' two files for SDXL; gives a function that loads them by the node."""
+
+    def write(first=(2, 768), second=(2, 1280), keys=("<s>", "<s>")):
+        for name, key, shape, value in zip(("one", "two"), keys, (first, second), (1.0, 2.0), strict=True):
+            save_file({key: torch.full(shape, value)}, root / f"{name}.safetensors")
+
+    return write
+
+
+@pytest.mark.parametrize("keys", [("<s>", "<s>"), ("clip_l", "clip_g"), ("clip_l", "<s>")], ids="+".join)
+@pytest.mark.parametrize("order", [("one", "two"), ("two", "one")], ids="+".join)
+def test_diffusers_two_files_become_one_word(pack, pair, save, root, keys, order):
+    pair(keys=keys)
+    first, second = (f"{name}.safetensors" for name in order)
+    joined = pack.nodes.embedding.LoadEmbedding.execute(first, second).args[0]
+    with safe_open(save(joined, "whole"), "pt") as f:
+        assert sorted(f.keys()) == ["clip_g", "clip_l"]
+        assert (f.get_tensor("clip_l") == 1).all() and f.get_tensor("clip_l").shape == (2, 768)
+        assert (f.get_tensor("clip_g") == 2).all() and f.get_tensor("clip_g").shape == (2, 1280)
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"second": (3, 1280)}, "'one' has 2 vectors and 'two' has 3: .* equally many"),
+    ({"second": (2, 768)}, "'one' and 'two' are both for clip_l: choose a second file"),
+    ({"second": (2, 640)}, "'two' does not say which text encoder its vectors of 640 numbers are for"),
+    ({"first": (2, 32)}, "'one' does not say which text encoder its vectors of 32 numbers are for"),
+])  # fmt: skip
+def test_files_that_are_no_pair_are_refused_in_one_sentence(pack, pair, given, words):
+    pair(**given)
+    with pytest.raises(ValueError, match=words) as error:
+        pack.nodes.embedding.LoadEmbedding.execute("one.safetensors", "two.safetensors")
+    assert "\n" not in str(error.value) and str(error.value).count(". ") == 0
+
+
+def test_a_second_file_that_changes_is_loaded_again(pack, pair, root):
+    pair()
+    load, files = pack.nodes.embedding.LoadEmbedding, ("one.safetensors", "two.safetensors")
+    before, alone = load.fingerprint_inputs(*files), load.fingerprint_inputs(files[0])
+    save_file({"<s>": torch.zeros(4, 1280)}, root / "two.safetensors")
+    assert load.fingerprint_inputs(*files) != before and load.fingerprint_inputs(files[0]) == alone
 
 
 def test_code_in_an_embedding_is_not_run(pack, tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from harness.small_nets import denoiser, load, numbers, snapshot, unchanged
 
-NAMES = ("SD1.5", "SD2", "SDXL", "SDXL, v", "SD3.5", "FLUX.1")
+NAMES = ("SD1.5", "SD2", "SDXL", "SDXL, v", "SD3.5", "FLUX.1", "FLUX.2", "Qwen-Image", "Z-Image")
 
 
 @pytest.fixture(params=NAMES)
@@ -34,7 +34,7 @@ def setting(bridge, pack, family):
 
 def batch(family, model, n: int = 2):
     sigma = model.sigmas(n, torch.Generator().manual_seed(3))
-    return numbers(n, family.channels, 8, 8), numbers(n, family.channels, 8, 8, seed=2), sigma
+    return numbers(n, *family.latent), numbers(n, *family.latent, seed=2), sigma
 
 
 def moved(start: dict, seed: int) -> dict:
@@ -42,9 +42,16 @@ def moved(start: dict, seed: int) -> dict:
     return {k: t + numbers(*t.shape, seed=seed + i) * 0.05 for i, (k, t) in enumerate(start.items())}
 
 
+def gradients(loss: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Zeros where nothing depends on a leaf: the text of Qwen-Image's last block reaches no picture."""
+    return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+
 def test_layers_are_found_and_nothing_changes_at_the_beginning(pack, family, setting):
     _, model, network, encoder, names, start = setting
-    assert any("attn" in name for name in names) and len(names) == len(set(names)) >= 10
+    assert any("attn" in name or "attention" in name for name in names) and len(names) == len(set(names)) >= 10
+    convolutions = [k for k, t in start.items() if t.ndim == 4]
+    assert bool(convolutions) == any(isinstance(m, torch.nn.Conv2d) for m in network.modules())
     with torch.no_grad():
         cond = encoder.encode(["a cat"] * 2, [{}] * 2)
         plain = model.error(*batch(family, model), cond)
@@ -67,10 +74,10 @@ def test_groups_that_pass_together_get_the_gradients_of_separate_passes(pack, fa
         return error.square().flatten(1).mean(1)
 
     leaves = [t for group in groups for t in group.values()]
-    together = torch.autograd.grad(losses([0, 1, 2, 3], groups).sum(), leaves)
+    together = gradients(losses([0, 1, 2, 3], groups).sum(), leaves)
     half = len(groups[0])
     for g, rows in enumerate(([0, 1], [2, 3])):
-        alone = torch.autograd.grad(losses(rows, [groups[g]]).sum(), list(groups[g].values()))
+        alone = gradients(losses(rows, [groups[g]]).sum(), list(groups[g].values()))
         scale = sum(t.square().sum() for t in alone).sqrt()
         gap = sum(
             (a - b).square().sum() for a, b in zip(together[g * half : (g + 1) * half], alone, strict=True)
@@ -83,17 +90,17 @@ def test_checkpointed_gradients_are_the_gradients(pack, family, setting):
     _, model, network, encoder, _, start = setting
     cond = encoder.encode(["a cat", "a red dog"], [{}] * 2)
 
-    def gradients():
+    def backward():
         leaves = {k: t.detach().clone().requires_grad_() for k, t in moved(start, 5).items()}
         with pack.training.lora.applied(network, [leaves]):
             model.error(*batch(family, model), cond).square().mean().backward()
-            return leaves
+        return {k: torch.zeros_like(t) if t.grad is None else t.grad for k, t in leaves.items()}
 
-    want = gradients()
+    want = backward()
     with pack.training.checkpointing.checkpointed(network, learned_inside=True):
-        got = gradients()
-    scale = sum(t.grad.square().sum() for t in want.values()).sqrt()
-    gap = sum((want[k].grad - got[k].grad).square().sum() for k in want).sqrt()
+        got = backward()
+    scale = sum(g.square().sum() for g in want.values()).sqrt()
+    gap = sum((want[k] - got[k]).square().sum() for k in want).sqrt()
     assert scale > 0 and gap <= 1e-5 * scale
 
 
@@ -107,7 +114,7 @@ def test_the_gradient_is_the_slope(pack, family, setting):
         with pack.training.lora.applied(network, [given]):
             return model.error(x0, noise, sigma, cond).double().square().mean()
 
-    gradient = dict(zip(leaves, torch.autograd.grad(loss(leaves), list(leaves.values())), strict=True))
+    gradient = dict(zip(leaves, gradients(loss(leaves), list(leaves.values())), strict=True))
     size = sum(g.square().sum() for g in gradient.values()).sqrt()
     with torch.no_grad():
         ends = [loss({k: t + sign * 2e-3 * gradient[k] / size for k, t in leaves.items()}) for sign in (1, -1)]
@@ -132,6 +139,30 @@ def test_the_file_does_through_core_what_training_did(bridge, pack, family, sett
     assert (used - trained).abs().max() <= 1e-3 * (trained - before).abs().max()
 
 
+def test_captions_of_different_lengths_are_what_each_is_by_itself(pack, family, setting):
+    """In one batch of two groups, errors and gradients, against a pass for every picture; core too lets only texts of one
+    length share a pass."""
+    _, model, network, encoder, _, start = setting
+    x0, noise, sigma = batch(family, model, 4)
+    captions = ["a cat", "a red dog in a very green garden, under " + "a wide blue sky, " * 120] * 2
+    trainer = pack.training.lora.StyleLora(
+        model, network, lambda c: encoder.encode([c], [{}]), x0, [[c] for c in captions], start, pack.training.contrast.Settings(method="plain")
+    )  # fmt: skip
+    groups = [{k: t.requires_grad_() for k, t in moved(start, seed).items()} for seed in (5, 900)]
+    leaves = [t for group in groups for t in group.values()]
+    together = trainer.error(x0, noise, sigma, captions, groups)
+    alone = torch.cat(
+        [trainer.error(x0[[i]], noise[[i]], sigma[[i]], [captions[i]], [groups[i // 2]]) for i in range(4)]
+    )
+    assert len({trainer.known[c].states.shape[1] for c in captions}) == 2
+    assert (together - alone).abs().max() <= 1e-4 * alone.abs().max()
+    got, want = (gradients(e.square().mean(), leaves) for e in (together, alone))
+    gap, scale = (
+        sum(t.square().sum() for t in ts).sqrt() for ts in ([a - b for a, b in zip(got, want, strict=True)], want)
+    )
+    assert scale > 0 and gap <= 1e-4 * scale
+
+
 @pytest.mark.parametrize("method", ["plain", "paper", "reference point"])
 @pytest.mark.parametrize("together", [False, True])
 def test_it_learns_and_the_model_stays_as_it_was(pack, family, setting, method, together):
@@ -139,7 +170,7 @@ def test_it_learns_and_the_model_stays_as_it_was(pack, family, setting, method, 
     before = snapshot(shared.model)
     contrast, lora = pack.training.contrast, pack.training.lora
     settings = contrast.Settings(method=method, steps=5, batch=2, learning_rate=0.01, together=together)
-    positives, negatives = (numbers(3, family.channels, 8, 8, seed=s) for s in (1, 4))
+    positives, negatives = (numbers(3, *family.latent, seed=s) for s in (1, 4))
     trainer = lora.StyleLora(
         model, network, lambda c: encoder.encode([c], [{}]), positives, [["a cat"]] * 3, start, settings, negatives
     )
@@ -147,34 +178,9 @@ def test_it_learns_and_the_model_stays_as_it_was(pack, family, setting, method, 
     assert all(t.isfinite().all() for t in trainer.learned.values()) and said[-1]["norm"] > 0
     assert ("cosine" in said[0]) == (method != "plain") and len(trainer.known) == 1
     changes = {
-        k: trainer.learned[k.replace(lora.DOWN, lora.UP)] @ trainer.learned[k] for k in start if k.endswith(lora.DOWN)
+        k: trainer.learned[k.replace(lora.DOWN, lora.UP)].flatten(1) @ trainer.learned[k].flatten(1)
+        for k in start
+        if k.endswith(lora.DOWN)
     }
     assert said[-1]["norm"] == pytest.approx(sum(c.square().sum() for c in changes.values()).sqrt().item(), rel=1e-3)
     assert unchanged(before, shared.model)
-
-
-def test_hold_adds_how_far_the_picture_without_a_prompt_has_moved(pack, family, setting):
-    """Written out: the mean square of changed less unchanged prediction on the first picture, weighted as the loss is."""
-    _, model, network, encoder, _, start = setting
-    contrast, lora, draw = pack.training.contrast, pack.training.lora, pack.training.latents.draw
-
-    def trainer(hold: float):
-        settings = contrast.Settings(method="plain", batch=4, hold=hold, weighting="min-SNR")
-        pictures = numbers(4, family.channels, 8, 8)
-        return lora.StyleLora(
-            model, network, lambda c: encoder.encode([c], [{}]), pictures, [["a cat"]] * 4, start, settings
-        )
-
-    held, free = trainer(2.0), trainer(0.0)
-    drawn = draw(held.latents, model, 4, torch.Generator().manual_seed(1))
-    leaves = moved(start, 5)
-    with torch.no_grad():
-        with_hold, without = (t._losses(drawn, ["a cat"] * 4, [leaves])[0] for t in (held, free))
-        at_rest = held._losses(drawn, ["a cat"] * 4, [start])[0] - free._losses(drawn, ["a cat"] * 4, [start])[0]
-        one = held.latents[drawn.rows[:1]], drawn.noise[:1], drawn.sigma[:1], encoder.encode([""], [{}])
-        before = model.error(*one)
-        with lora.applied(network, [leaves]):
-            drift = (model.error(*one) - before).square().mean()
-        snr = model.snr(drawn.sigma[:1])
-    assert at_rest == 0 and drift > 0
-    assert (with_hold - without).item() == pytest.approx((2 * drift * snr.clamp(max=5) / snr).item(), rel=1e-4)

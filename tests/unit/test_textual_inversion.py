@@ -247,6 +247,16 @@ def test_captions_are_drawn_from_their_pictures_ways(ti):
     assert asked.count("a") == 300 and abs(asked.count("b") / 300 - 0.5) < 0.12
 
 
+def test_a_share_of_captions_is_left_empty(ti):
+    trainer = make(ti, n=2, batch=4, method="plain", ways=[["a {token}"], ["b {token}", "c {token}"]], empty=0.25)
+    run(trainer, 150)
+    asked = [caption[:1] for captions in trainer.encoder.asked for caption in captions]
+    shares = {c: asked.count(c) / len(asked) for c in ("", "a", "b", "c")}
+    assert shares == {
+        c: pytest.approx(s, abs=0.05) for c, s in {"": 0.25, "a": 0.375, "b": 0.1875, "c": 0.1875}.items()
+    }
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_seed_decides_and_nothing_else_does(ti, method):
     torch.manual_seed(1)

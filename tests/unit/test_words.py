@@ -94,7 +94,7 @@ def test_words_add_up(bridge, build):
 
 
 def test_rows_of_a_batch_are_what_they_are_alone(bridge, build):
-    """Captions of 1, 2 and 3 chunks of 77 tokens: shorter ones are repeated, as core does, which attention does not see."""
+    """Captions of 1, 2 and 3 chunks of 77 tokens: each is as long as it is alone, whatever is in the batch with it."""
     vectors = [{"clip_l": numbers(2, 32, seed=s)} for s in (1, 2)]
     captions, shared = ["a {token}", f"{LONG}{{token}}", f"{LONG}{{token}} {LONG}"], build.sd15_clip()
     with bridge.training_mode(), torch.no_grad():
@@ -102,10 +102,9 @@ def test_rows_of_a_batch_are_what_they_are_alone(bridge, build):
         alone = [encoder.encode([c], [vectors[i % 2]]).states[0] for i, c in enumerate(captions)]
         assert [len(a) for a in alone] == [77, 154, 231]
         for rows in ([0, 0], [0, 1], [2, 0], [1, 2]):
-            states = encoder.encode([captions[r] for r in rows], [vectors[r % 2] for r in rows]).states
-            for got, r in zip(states, rows, strict=True):
-                repeats = len(got) // len(alone[r])
-                assert torch.equal(got, alone[r].repeat(repeats, 1)), (rows, got.shape)
+            together = encoder.encode([captions[r] for r in rows], [vectors[r % 2] for r in rows])
+            for place, r in enumerate(rows):
+                assert torch.equal(together.expand([place]).states[0], alone[r]), rows
 
 
 def test_the_word_survives_a_caption_of_300_words(bridge, build):
@@ -147,6 +146,35 @@ def test_an_embedding_of_another_model_is_refused(bridge, build, pack):
         bridge.check_embedding_fits(clip, Embedding({"clip_l": torch.zeros(1, 768)}, "theirs"))
     with pytest.raises(ValueError, match="'theirs' is for t5xxl.*clip_l"):
         bridge.check_embedding_fits(clip, Embedding({"t5xxl": torch.zeros(1, 32)}, "theirs"))
+
+
+@pytest.mark.parametrize("parts, words", [
+    (("clip_l",), "is for clip_l and this CLIP has clip_l, clip_g, so clip_g will not know it"),
+    (("clip_l", "clip_g", "t5xxl"), "so its part for t5xxl is not used"),
+    (("clip_l", "clip_g"), None),
+])  # fmt: skip
+def test_a_word_that_fits_in_part_is_used_and_told_of(sdxl_clip, pack, caplog, parts, words):
+    """A word for SD 1.5 on SDXL: ComfyUI would leave clip_g without it and say nothing."""
+    widths = {"clip_l": 32, "clip_g": 48, "t5xxl": 16}
+    word = pack.training.embedding.Embedding({k: torch.ones(1, widths[k]) for k in parts}, "mine")
+    used = pack.nodes.embedding.UseEmbedding.execute(sdxl_clip(), word, "mine")
+    told = used.ui["text"] if used.ui else []
+    assert [words in text for text in told] == ([True] if words else [])
+    assert [r.getMessage() for r in caplog.records if "mine" in r.getMessage()] == told
+    plain = conditioning(used.args[0], "a cat")[0]
+    assert not torch.equal(conditioning(used.args[0], "a cat embedding:mine")[0], plain)
+
+
+@pytest.mark.parametrize("width, part", [(32, "clip_l"), (48, "clip_g"), (16, None)])
+def test_a_word_without_a_name_goes_where_its_width_fits(bridge, sdxl_clip, pack, width, part):
+    """As core offers it to every encoder, and those of another width drop it."""
+    word = pack.training.embedding.Embedding({"<s>": torch.ones(1, width)}, "mine")
+    if part is None:
+        with pytest.raises(ValueError, match="'mine' is for <s>, and this CLIP has clip_l, clip_g"):
+            bridge.check_embedding_fits(sdxl_clip(), word)
+    else:
+        bridge.check_embedding_fits(sdxl_clip(), word)
+        assert list(word.vectors) == [part]
 
 
 @pytest.mark.parametrize("key", ["emb_params", "<word>"])

@@ -90,3 +90,16 @@ def sd15_vae(seed: int = 0, channels: int = 4) -> comfy.sd.VAE:
     config = {"ddconfig": part, "embed_dim": channels}
     weights = draw_weights(AutoencoderKL(ddconfig=dict(part), embed_dim=channels), seed).state_dict()
     return comfy.sd.VAE(sd=weights, config={"params": config}, dtype=torch.float32)
+
+
+def flux2_vae(seed: int = 0) -> comfy.sd.VAE:
+    """A VAE of FLUX.2's structure: four latents of 32 channels are one of 128, so 16 pixels to a latent."""
+    part = {**VAE, "z_channels": 32, "batch_norm_latent": True}
+    weights = draw_weights(AutoencoderKL(ddconfig=dict(part), embed_dim=32), seed).state_dict()
+    vae = comfy.sd.VAE(sd=weights, config={"params": {"ddconfig": part, "embed_dim": 32}}, dtype=torch.float32)
+    vae.downscale_ratio, vae.upscale_ratio, vae.latent_channels = (
+        16,
+        16,
+        128,
+    )  # as core sets them for a file at full width
+    return vae

@@ -42,7 +42,7 @@ class LoadSmallFamily(io.ComfyNode):
     @classmethod
     def execute(cls, family: str) -> io.NodeOutput:
         chosen, embeddings = FAMILIES[family], folder_paths.get_folder_paths("embeddings")
-        return io.NodeOutput(chosen.model(), chosen.clip(embedding_directory=embeddings), sd15_vae(0, chosen.channels))
+        return io.NodeOutput(chosen.model(), chosen.clip(embedding_directory=embeddings), chosen.vae())
 
 
 class SmallModels(ComfyExtension):
