@@ -23,17 +23,8 @@ from .bridge import (
     usual_lengths,
     with_embeddings,
 )
-from .training_job import (
-    Job,
-    caption_inputs,
-    last_inputs,
-    later_inputs,
-    loss_outputs,
-    output,
-    picture_inputs,
-    template_fault,
-    time_inputs,
-)
+from .training_inputs import caption_inputs, last_inputs, later_inputs, loss_outputs, picture_inputs, time_inputs
+from .training_job import Job, output, template_fault
 
 CATEGORY = "Counterpoint/embedding"
 EmbeddingType = io.Custom("EMBEDDING")

@@ -12,17 +12,8 @@ from ..training import artefact
 from ..training.contrast import Tensors
 from ..training.lora import DOWN, UP, StyleLora, applied, layers_of_the_batch, starting_matrices
 from .bridge import TOKENS, ComfyTextEncoder, Conditioning, check_belong_together
-from .training_job import (
-    Job,
-    caption_inputs,
-    last_inputs,
-    later_inputs,
-    loss_outputs,
-    output,
-    picture_inputs,
-    template_fault,
-    time_inputs,
-)
+from .training_inputs import caption_inputs, last_inputs, later_inputs, loss_outputs, picture_inputs, time_inputs
+from .training_job import Job, output, template_fault
 
 CATEGORY = "Counterpoint/lora"
 RATE = "0 takes 0.0005, which is usual for LoRA with Adam; Pocket, which is small, takes 0.004."
