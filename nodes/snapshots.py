@@ -18,10 +18,10 @@ from ..training.embedding import Embedding
 from ..training.loop import Progress
 from ..training.lora import DOWN, UP
 from ..training.sheet import sheet
-from .bridge import TOKEN, TOKENS, check_embedding_fits, family, spell, starting_vectors, with_embeddings
+from .bridge import TOKEN, TOKENS, check_embedding_fits, family, spell, with_embeddings
 from .generate import Recipe, generate_set, shrunk
 from .progress import Reporter
-from .train_embedding import EmbeddingType
+from .train_embedding import EmbeddingType, starting_words
 from .train_lora import named
 from .training_job import run_folder
 
@@ -172,9 +172,7 @@ class Word:
         return Embedding.of(tensors, self.embedding.name, {**self.embedding.facts, "steps": step})
 
     def start(self, clip, config: dict) -> Tensors:
-        phrases = {"": config["start"], **{f"{other}/": other.replace("_", " ") for other in self.embedding.others}}
-        found = {other: starting_vectors(clip, phrase, config["vectors"]) for other, phrase in phrases.items()}
-        return {other + key: vectors for other, word in found.items() for key, vectors in word.items()}
+        return starting_words(clip, config["start"], self.embedding.others, config["vectors"])
 
     def prompts(self, lines: list[str], config: dict) -> list[str]:
         for line in lines:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from comfy_api.latest import io
@@ -90,6 +90,13 @@ class TrainEmbedding(io.ComfyNode):
         return output(WordJob, **inputs)
 
 
+def starting_words(clip, start: str, others: Iterable[str], count: int) -> Tensors:
+    """`{token}` starts as the phrase that was asked for, `{token:dog}` as "dog"; every word has `count` vectors."""
+    phrases = {"": start, **{f"{other}/": other.replace("_", " ") for other in sorted(others)}}
+    found = {before: starting_vectors(clip, phrase, count) for before, phrase in phrases.items()}
+    return {before + key: vectors for before, word in found.items() for key, vectors in word.items()}
+
+
 class WordJob(Job):
     kind = "train-embedding"
     trains = TextualInversion
@@ -101,19 +108,14 @@ class WordJob(Job):
         return {"start": self.values["start"], "vectors": self.values["vectors"]}
 
     def trainer(self, denoiser, model, clip, latents, ways, negatives, masks) -> TextualInversion:
-        start, encoder = self._start(clip, latents.device, ways), ComfyTextEncoder(clip)
+        others = {other for way in ways for text in way for other in TOKENS.findall(text)} - {""}
+        found = starting_words(clip, self.values["start"], others, self.values["vectors"])
+        start, encoder = {k: v.to(latents.device) for k, v in found.items()}, ComfyTextEncoder(clip)
         with torch.no_grad():
             check_belong_together(model, encoder.encode([ways[0][0]], [start]))
         lengths = usual_lengths(clip)
         usual = {k: lengths[k.rpartition("/")[2]] for k in start}
         return self.trains(denoiser, encoder, latents, ways, start, self.settings, negatives, masks, usual)
-
-    def _start(self, clip, device, ways: list[list[str]]) -> Tensors:
-        """`{token}` starts as the phrase that was asked for, `{token:dog}` as "dog"; every word has as many vectors."""
-        others = sorted({other for way in ways for text in way for other in TOKENS.findall(text)} - {""})
-        phrases = {"": self.values["start"], **{f"{other}/": other.replace("_", " ") for other in others}}
-        found = {k: starting_vectors(clip, phrase, self.values["vectors"]) for k, phrase in phrases.items()}
-        return {before + k: v.to(device) for before, vectors in found.items() for k, v in vectors.items()}
 
     @contextlib.contextmanager
     def previewed(self, learned: Tensors, model, clip) -> Iterator[tuple]:

@@ -19,6 +19,7 @@ from ..training import artefact
 from ..training.checkpointing import blocks, checkpointed
 from ..training.contrast import Contrast, Settings, Tensors
 from ..training.features import images_hash
+from ..training.learning_curves import trailing_mean
 from ..training.loop import Diverged, train
 from ..training.memory import Kept, duration, size
 from ..training.run import Run, config_hash
@@ -351,10 +352,6 @@ class Job:
         )
 
 
-def smoothed(values: list[float], window: int = 20) -> list[float]:
-    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
-
-
 def plottable(curve: list[float]) -> list[float]:
     """Core's plot divides by the range of what it gets."""
     return curve if len(set(curve)) > 1 else [*(curve or [0.0]), (curve or [0.0])[-1] + 1e-6]
@@ -388,7 +385,7 @@ def output(
     """Run a job on the inputs of a node that takes lists; what a training node returns."""
     first = {k: v[0] for k, v in values.items()}
     done = kind(model[0], clip[0], vae[0], images, captions, negatives, first, masks).run()
-    curve = smoothed([r["loss"] for r in done.records if "loss" in r])
+    curve = trailing_mean([r["loss"] for r in done.records if "loss" in r], 20)
     shown = {
         "text": [done.report],
         "counterpoint_loss": thinned(curve),
