@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import comfy.model_management
+import comfy.sd1_clip
 import comfy.supported_models
 import torch
 
@@ -129,13 +130,60 @@ class ComfyTextEncoder:
         distinct, rows = {}, []
         for caption, leaves in zip(captions, vectors, strict=True):
             rows.append(distinct.setdefault((caption, id(leaves)), (len(distinct), caption, leaves))[0])
-        made = [self._encode_one(caption, leaves) for _, caption, leaves in distinct.values()]
+        prompts = [self._tokens(caption, leaves) for _, caption, leaves in distinct.values()]
+        with encoded_together(self.clip, prompts):
+            made = [Conditioning(*self.clip.encode_from_tokens(tokens, return_pooled=True)) for tokens in prompts]
         return Conditioning.stacked(made).expand(rows)
 
-    def _encode_one(self, caption: str, leaves: Vectors) -> Conditioning:
+    def _tokens(self, caption: str, leaves: Vectors) -> dict[str, list]:
         clip = with_embeddings(self.clip, {word_name(self.name, o): v for o, v in by_word(leaves).items()})
-        tokens = clip.tokenize(spell(caption, self.name))
-        return Conditioning(*clip.encode_from_tokens(tokens, return_pooled=True))
+        return clip.tokenize(spell(caption, self.name))
+
+
+@contextlib.contextmanager
+def encoded_together(clip, prompts: list[dict[str, list]]) -> Iterator[None]:
+    """While it lasts, the encoders of a private CLIP answer for these prompts from one pass for each length of text; core asks them
+    for one prompt at a time."""
+    module, answering = clip.cond_stage_model, []
+    for key in prompts[0]:  # "l", "g", "t5xxl"
+        names = (f"clip_{key}", key, getattr(module, "clip", ""))
+        encoder = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+        if isinstance(encoder, comfy.sd1_clip.SDClipModel):
+            encoder.encode = _Together(encoder.encode, [section for prompt in prompts for section in prompt[key]])
+            answering.append(encoder)
+    try:
+        yield
+    finally:
+        for encoder in answering:
+            del encoder.encode
+
+
+class _Together:
+    """Answers as core's `SDClipModel.encode` does: (states, pooled or None) of sections, and a dict of more where there is more."""
+
+    def __init__(self, encode, sections: list[list[tuple]]):
+        self.encode, self.said = encode, {}
+        tokens = [[token for token, *_ in section] for section in sections]
+        self.waiting = {self._name(section): section for section in tokens}
+
+    def __call__(self, sections: list[list]) -> tuple:
+        self.waiting |= {self._name(s): s for s in sections if self._name(s) not in self.said}
+        for length in {len(s) for s in self.waiting.values()}:
+            same = {name: s for name, s in self.waiting.items() if len(s) == length}
+            answer = self.encode(list(same.values()))
+            self.said |= {name: (answer, slice(i, i + 1)) for i, name in enumerate(same)}
+        self.waiting = {}
+        rows = [self.said[self._name(s)] for s in sections]
+        _, pooled, *more = rows[0][0]
+        return (
+            torch.cat([answer[0][row] for answer, row in rows]),
+            None if pooled is None else torch.cat([answer[1][row] for answer, row in rows]),
+            *({k: torch.cat([answer[2][k][row] for answer, row in rows]) for k in each} for each in more),
+        )
+
+    @staticmethod
+    def _name(section: list) -> tuple:
+        return tuple(token if isinstance(token, int) else id(token) for token in section)
 
 
 def spell(caption: str, name: str) -> str:

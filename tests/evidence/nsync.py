@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import operator
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 
 from evidence.learn_style import PICTURES, SAMPLES, Laboratory
 from harness.claim import Claim, Plan, command, models_hash
@@ -107,7 +108,11 @@ class Styles(Laboratory):
         job = train.WordJob(self.model, self.clip, self.vae, images, captions, negatives, values)
         if rule:
             kind, arguments = rule
-            also = {"paint": functools.partial(self.others_with_the_word, seed)} if kind == "Bootstrapped" else {}
+            also = (
+                {"paint": functools.partial(elsewhere, self.others_with_the_word, seed)}
+                if kind == "Bootstrapped"
+                else {}
+            )
             job.trains = functools.partial(getattr(variants, kind), **arguments, **also)
         return job.run()
 
@@ -116,8 +121,7 @@ class Styles(Laboratory):
         scenes = self.world.sample_scenes(PICTURES, 700 + seed)
         clip = self.nodes.bridge.with_embeddings(self.clip, {"word": vectors})
         prompts = [f"{self.grammar.content(scenes, i)} in the style of embedding:word" for i in range(PICTURES)]
-        pictures = self.sample(clip, prompts, seed)
-        return self.latents(pictures), [[TEMPLATE]] * PICTURES
+        return self.latents(self.sample(clip, prompts, seed)), [[TEMPLATE]] * PICTURES
 
     def latents(self, pictures):
         """(n, 3, 128, 128) as the model sees them."""
@@ -179,3 +183,9 @@ class Styles(Laboratory):
         seen = [see(pictures.movedim(1, -1)) for pictures in (painted, real)]
         cubic, _ = distances.mmd2(seen[0].double(), seen[1].double(), distances.cubic, unbiased=True)
         return {"KID": round(cubic, 3), "CMMD": round(distances.cmmd(*seen)[0], 3)}
+
+
+def elsewhere(work, *arguments):
+    """`work(*arguments)` in a thread of its own: torch's training mode belongs to the thread, and nothing is painted under it."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work, *arguments).result()

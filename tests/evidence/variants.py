@@ -133,7 +133,7 @@ class Bootstrapped(TextualInversion):
     def step(self, i: int):
         if i == self.settings.steps // 2:
             pictures, captions = self.paint({k: v.detach().clone() for k, v in self.learned.items()})
-            self.latents, self.captions = torch.cat([self.latents, pictures]), self.captions + captions
+            self.latents, self.captions = torch.cat([self.latents, pictures.clone()]), self.captions + captions
         return super().step(i)
 
 

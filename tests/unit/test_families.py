@@ -165,6 +165,46 @@ def test_a_word_means_the_same_from_a_file(bridge, pack, shared, tmp_path):
     assert (before.states - trained.states).abs().max() > 1e-3
 
 
+def test_captions_of_one_length_pass_together(bridge, shared, family):
+    """Against core, which takes one at a time: states, summaries and gradients, of captions short, long, weighted and empty."""
+    captions = [
+        "a {token} cat",
+        "a cat in the style of {token}",
+        "a ({token}:1.3) cat",
+        "",
+        " ".join(["red cat,"] * 30) + " {token}",
+    ]
+    with bridge.training_mode():
+        own = bridge.private_clip(shared[1])
+        start = bridge.starting_vectors(own, "red dog", 2)
+        groups = [{k: v.clone().requires_grad_() for k, v in start.items()} for _ in range(2)]
+        told = [(c, g) for g in groups for c in captions]
+        passes = []
+        for part in own.cond_stage_model.children():
+            part.register_forward_hook(lambda part, *_: passes.append(part))
+
+        def of_each(encode):
+            passes.clear()
+            cond = encode()
+            probe = cond.states * numbers(*cond.states.shape, seed=4)
+            (probe.sum() + (0 if cond.pooled is None else cond.pooled.sum())).backward()
+            found = [v.grad for g in groups for v in g.values() if v.grad is not None]
+            for v in (v for g in groups for v in g.values()):
+                v.grad = None
+            return cond, found, len(passes)
+
+        encoder, stacked = bridge.ComfyTextEncoder(own), bridge.Conditioning.stacked
+        cond, slopes, few = of_each(lambda: encoder.encode(*map(list, zip(*told, strict=True))))
+        one_by_one = lambda: stacked([encoder.encode([c], [g]) for c, g in told])  # noqa: E731
+        expected, expected_slopes, many = of_each(one_by_one)
+        assert not any("encode" in vars(part) for part in own.cond_stage_model.children())
+    assert cond.tokens == expected.tokens and (cond.states - expected.states).abs().max() <= 1e-5
+    assert same(cond.pooled, expected.pooled)
+    assert len(slopes) == len(expected_slopes) > 0
+    assert all((a - b).norm() <= 1e-4 * b.norm() for a, b in zip(slopes, expected_slopes, strict=True))
+    assert few < many / 1.5
+
+
 def test_words_survive_a_caption_of_300_words(bridge, shared, family):
     """Core reads long captions in pieces, so nothing is cut off at 77: every vector gets a gradient."""
     caption = " ".join(["a red cat on green grass under a blue sky,"] * 30) + " {token:dog} in the style of {token}"
