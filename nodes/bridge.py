@@ -42,18 +42,23 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone()
 
 
-def check_not_packed(module: torch.nn.Module, what: str) -> None:
-    """GGUF's loaders give tensors of their own kind, which hold blocks of packed numbers and say so in `tensor_type`."""
-    if any(hasattr(p, "tensor_type") for p in module.parameters()):
+def check_trainable(patcher, what: str) -> None:
+    """Raises ValueError for a MODEL's or CLIP's patcher that nothing can be trained through."""
+    # GGUF's loaders give tensors of their own kind, which hold blocks of packed numbers and say so in `tensor_type`.
+    if any(hasattr(p, "tensor_type") for p in patcher.model.parameters()):
         raise ValueError(
             f"This {what} was loaded from a GGUF file, whose packed weights nothing can be trained through: load the same model from a "
             ".safetensors file, in fp8 if memory is short."
+        )
+    if patcher.injections:  # they sit on the shared layers, and a private copy would be trained without them
+        raise ValueError(
+            f"This {what} has a LoRA on it that was loaded in bypass mode, which nothing can be trained through: load it with core's "
+            "Load LoRA instead."
         )
 
 
 def private_model(model):
     """A MODEL of our own with ordinary weights, its patches kept, not streamed. Call under `training_mode`."""
-    check_not_packed(model.model, "MODEL")
     if model.cached_patcher_init is not None:
         return model.clone(disable_dynamic=True, force_deepcopy=True)
     base = model.model  # a loader that left no factory: a new shell around copies of the networks
@@ -69,7 +74,6 @@ def private_model(model):
 
 def private_clip(clip):
     """A CLIP of our own with ordinary weights, its patches kept. Call under `training_mode`."""
-    check_not_packed(clip.cond_stage_model, "CLIP")
     module = copy.deepcopy(clip.cond_stage_model)
     own = clip.clone()
     own.patcher = clip.patcher.clone(model_override=(module, ({}, {}, {}, set())))

@@ -24,7 +24,18 @@ from ..training.loop import Diverged, train
 from ..training.memory import Kept, duration, size
 from ..training.run import Run, config_hash
 from ..training.sheet import sheet
-from .bridge import TOKEN, TOKENS, ComfyDenoiser, family, fingerprint, plain, private_clip, private_model, training_mode
+from .bridge import (
+    TOKEN,
+    TOKENS,
+    ComfyDenoiser,
+    check_trainable,
+    family,
+    fingerprint,
+    plain,
+    private_clip,
+    private_model,
+    training_mode,
+)
 from .generate import Recipe, sample
 from .progress import Reporter
 from .training_inputs import RECOMMENDED
@@ -148,6 +159,8 @@ class Job:
     # What they share
 
     def _check(self) -> None:
+        check_trainable(self.model, "MODEL")
+        check_trainable(self.clip.patcher, "CLIP")
         n = len(self.images)
         if self.values["template"].count(TOKEN) != 1:
             raise ValueError(TEMPLATE)

@@ -218,17 +218,25 @@ class GGMLTensor(torch.Tensor):
 def test_gguf_is_refused_by_name(bridge, family, clip):
     """Both MODEL and CLIP, in one sentence that says what to load instead."""
     shared = shared_model(family, "fp32")
-    text = clip.clone()
-    for module, what, private in (
-        (shared.model, "MODEL", bridge.private_model),
-        (clip.cond_stage_model, "CLIP", lambda _: bridge.private_clip(text)),
-    ):
-        layer = next(m for m in module.modules() if isinstance(m, torch.nn.Linear))
+    for patcher, what in ((shared, "MODEL"), (clip.patcher, "CLIP")):
+        layer = next(m for m in patcher.model.modules() if isinstance(m, torch.nn.Linear))
         packed = GGMLTensor(torch.zeros(18, dtype=torch.uint8), 2, layer.weight.shape)
         layer.weight = torch.nn.Parameter(packed, requires_grad=False)
-        assert bridge.fingerprint(shared)  # which comes first
-        with (
-            bridge.training_mode(),
-            pytest.raises(ValueError, match=f"This {what} was loaded from a GGUF file, .*safetensors"),
-        ):
-            private(shared)
+        with pytest.raises(ValueError, match=f"This {what} was loaded from a GGUF file, .*safetensors"):
+            bridge.check_trainable(patcher, what)
+
+
+def test_a_lora_in_bypass_mode_is_refused_by_name(bridge, family, clip):
+    """Core hangs it on the layers that all clones share, where a private copy would miss it."""
+    import comfy.sd
+
+    shared = shared_model(family, "fp32")
+    bridge.check_trainable(shared, "MODEL")
+    name, layer = next((n, m) for n, m in shared.model.named_modules() if isinstance(m, torch.nn.Linear))
+    out, inside = layer.weight.shape
+    lora = {f"{name}.lora_down.weight": torch.ones(1, inside), f"{name}.lora_up.weight": torch.ones(out, 1)}
+    bypassed, _ = comfy.sd.load_bypass_lora_for_models(shared, None, lora, 1.0, 0.0)
+    with pytest.raises(
+        ValueError, match="This MODEL has a LoRA on it that was loaded in bypass mode.*Load LoRA instead"
+    ):
+        bridge.check_trainable(bypassed, "MODEL")
