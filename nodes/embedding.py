@@ -49,6 +49,10 @@ class UseEmbedding(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name):
+        return name_fault(name) or True
+
+    @classmethod
     def execute(cls, clip, embedding, name) -> io.NodeOutput:
         files.check_name(name)
         check_embedding_fits(clip, embedding)
@@ -85,6 +89,10 @@ class SaveEmbedding(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name):
+        return name_fault(name, saved=True) or True
+
+    @classmethod
     def execute(cls, embedding, name, preview=None) -> io.NodeOutput:
         first, *more = [
             save(files.Embedding(vectors, word, embedding.facts), word, preview)
@@ -92,6 +100,18 @@ class SaveEmbedding(io.ComfyNode):
         ]
         said = " and ".join(f"embedding:{file.stem}" for file in (first, *more))
         return io.NodeOutput(first.stem, ui=ui.PreviewText(f"Saved. In prompts: {said}"))
+
+
+def name_fault(name: str | None, saved: bool = False) -> str | None:
+    """What is wrong with the name of a word, before a training of an hour comes to it; None is a wire."""
+    try:
+        if name is not None:
+            files.check_name(name)
+            if saved:
+                _refuse_elsewhere(name, Path(folder_paths.get_folder_paths("embeddings")[0]))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def save(embedding: files.Embedding, name: str, preview: torch.Tensor | None = None) -> Path:

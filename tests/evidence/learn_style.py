@@ -52,6 +52,8 @@ def open_laboratory():
 class Laboratory:
     """Pocket, its painter and its judge."""
 
+    cfg = 4.0
+
     @classmethod
     def open(cls) -> Laboratory:
         """Inside a ComfyUI of its own, with an empty base directory."""
@@ -112,7 +114,7 @@ class Laboratory:
         return job.run()[:2]
 
     def recipe(self, seed: int):
-        return self.nodes.generate.Recipe("", 128, 128, 10_000 * (seed + 1), 20, 4.0, "euler", "normal")
+        return self.nodes.generate.Recipe("", 128, 128, 10_000 * (seed + 1), 20, self.cfg, "euler", "normal")
 
     def look(self, clip, word: str, combination, shape: int, seed: int) -> dict[str, float]:
         import torch

@@ -3,7 +3,8 @@
     python dev.py evidence learn_style_lora --screen       every arm, one seed
     python dev.py evidence learn_style_lora                every arm, three fresh seeds
 
-The pictures, negatives and questions are those of `learn_style`; the node's defaults, trigger "picture". Not run yet.
+The pictures, negatives and questions are those of `learn_style`; the node's defaults, trigger "picture". A LoRA strengthens the
+style by itself, so the same questions are asked at CFG 1.5 and, for comparison with words, at 4 ("strong").
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ from evidence.learn_style import CONDITION, Laboratory
 from harness.claim import Claim, Plan, command, models_hash
 
 ARMS = {
+    "base": None,
     "plain": {"method": "plain"},
     "paper": {"method": "paper"},
     "reference point": {"method": "reference point"},
-    "reference point, together": {"method": "reference point", "together": True},
     "plain, captions": {"method": "plain", "caption_use": "caption"},
     "plain, captions, none empty": {"method": "plain", "caption_use": "caption", "empty": 0.0},
 }
+KEPT = ("style", "leak", "style elsewhere", "shape followed")
+CFG = {"": 1.5, ", strong": 4.0}
 CLAIM = Claim(
     name="learn_style_lora",
     about=__doc__,
     screen=Plan((CONDITION,), tuple(ARMS), (0,)),
     confirm=Plan((CONDITION,), tuple(ARMS), (1, 2, 3)),
-    measures=("style", "stroke", "paper", "line", "leak", "style elsewhere", "shape followed", "colour followed"),
+    measures=tuple(measure + how for how in CFG for measure in KEPT),
     baseline="plain",
-    seconds=90,
+    seconds=130,
 )
 
 
@@ -44,25 +47,35 @@ def open_laboratory():
 def measure(laboratory: Laboratory, style: int, arm: str, seed: int) -> dict:
     import comfy.sd
 
-    train, given = laboratory.nodes.train_lora, ARMS[arm]
     shape, images, captions = laboratory.pictures(style, seed)
-    negatives = None if given["method"] == "plain" else laboratory.negatives_of(seed, captions)
-    values = {
-        **laboratory.nodes.training_job.defaults(train.TrainStyleLora),
-        "preview_every": 0,
-        "caption_use": "template",
-        **given,
-        "seed": seed,
-    }
+    if ARMS[arm] is None:
+        return {"measures": look(laboratory, style, shape, seed)}
+    learned, records = learn(laboratory, ARMS[arm], seed, images, captions)
     unchanged = laboratory.model
-    job = train.LoraJob(unchanged, laboratory.clip, laboratory.vae, images, captions, negatives, values)
-    learned, records, *_ = job.run()
     try:
         laboratory.model, _ = comfy.sd.load_lora_for_models(unchanged, None, learned, 1.0, 0.0)
-        measures = laboratory.look(laboratory.clip, "picture", laboratory.world.HELD_OUT[style], shape, seed)
+        measures = look(laboratory, style, shape, seed)
     finally:
         laboratory.model = unchanged
     told = {
         k: round(statistics.mean(r[k] for r in records), 3) for k in ("cosine", "removed", "norm") if k in records[0]
     }
     return {"measures": measures, "contrast": told, "last losses": [round(r["loss"], 4) for r in records[-20:]]}
+
+
+def learn(laboratory: Laboratory, given: dict, seed: int, images: list, captions: list[str]):
+    train = laboratory.nodes.train_lora
+    negatives = None if given["method"] == "plain" else laboratory.negatives_of(seed, captions)
+    fixed = {"preview_every": 0, "snapshot_every": 0, "caption_use": "template"}
+    values = {**laboratory.nodes.training_job.defaults(train.TrainStyleLora), **fixed, **given, "seed": seed}
+    return train.LoraJob(laboratory.model, laboratory.clip, laboratory.vae, images, captions, negatives, values).run()[
+        :2
+    ]
+
+
+def look(laboratory: Laboratory, style: int, shape: int, seed: int) -> dict[str, float]:
+    measures = {}
+    for how, laboratory.cfg in CFG.items():
+        seen = laboratory.look(laboratory.clip, "picture", laboratory.world.HELD_OUT[style], shape, seed)
+        measures |= {measure + how: seen[measure] for measure in KEPT}
+    return measures

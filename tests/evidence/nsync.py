@@ -45,7 +45,8 @@ ARMS = {  # values of the node, and a rule from `variants.py` with its arguments
     "confined, rank 4": ({"method": "reference point"}, ("Confined", {"rank": 4})),
     "bootstrapped": ({"method": "plain"}, ("Bootstrapped", {})),
 }
-CONFIRMED = ("base", "plain", "paper", "reference point, norm kept", "bootstrapped")
+# The methods of the node, and what the screen favours.
+CONFIRMED = ("base", "plain", "paper", "reference point", "bootstrapped")
 CLAIM = Claim(
     name="nsync",
     about=__doc__,

@@ -295,4 +295,6 @@ def test_a_name_that_prompts_cannot_say_is_refused(graph, pack, given, which, na
     if which == "CounterpointUseEmbedding":
         job["3"]["inputs"]["clip"] = ["2", 1]
         job["4"] = node("PreviewAny", source=["3", 1])
-    one_sentence(graph(job, check=False), "cannot be used as an embedding", "for example")
+    run = graph(job, check=False)
+    assert run.node_errors, "before a training is begun for it"
+    one_sentence(run, "cannot be used as an embedding", "for example")
