@@ -7,7 +7,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import comfy.model_management
@@ -229,13 +229,36 @@ def _takes_words(clip, tokenizers: list) -> bool:
 
 def with_embeddings(clip, table: dict[str, Vectors]):
     """A clone of a CLIP whose prompts find `embedding:NAME` in `table` first and on disk otherwise."""
+    return _with_lookups(clip, lambda otherwise, key: _Lookup(otherwise, key, table))
+
+
+def unknown_words(clip, prompts: Iterable[str]) -> list[str]:
+    """Names after `embedding:` that no encoder of the CLIP finds, in memory or on disk. Core leaves them out and goes on."""
+    found: dict[str, bool] = {}
+
+    def listening(otherwise, _):
+        def look(text: str):
+            vectors, name, rest = otherwise(text)
+            found[name] = found.get(name, False) or vectors is not None
+            return vectors, name, rest
+
+        return look
+
+    clone = _with_lookups(clip, listening)
+    for prompt in prompts:
+        clone.tokenize(prompt)
+    return [name.strip(",") for name, known in found.items() if not known]
+
+
+def _with_lookups(clip, make):
+    """A clone of a CLIP whose tokenizers ask `make(what they asked, their embedding key)` for words."""
     clone = clip.clone()
     clone.tokenizer = copy.copy(clip.tokenizer)
     for attribute, part in list(vars(clone.tokenizer).items()):
         if hasattr(part, "embedding_key") and hasattr(part, "_try_get_embedding"):
             own = copy.copy(part)
             own.embedding_directory = part.embedding_directory or []
-            own._try_get_embedding = _Lookup(own._try_get_embedding, part.embedding_key, table)
+            own._try_get_embedding = make(own._try_get_embedding, part.embedding_key)
             setattr(clone.tokenizer, attribute, own)
     return clone
 

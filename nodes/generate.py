@@ -24,7 +24,7 @@ from ..training import artefact
 from ..training.loop import Progress
 from ..training.run import Run, config_hash
 from ..training.sheet import sheet
-from .bridge import Conditioning, check_belong_together, fingerprint, native_size
+from .bridge import Conditioning, check_belong_together, fingerprint, native_size, unknown_words
 from .progress import Reporter
 
 CATEGORY = "Counterpoint/dataset"
@@ -62,6 +62,11 @@ def generate_set(model, clip, vae, prompts: list[str], recipe: Recipe, name: str
     """
     if not prompts:
         raise ValueError("There are no prompts to paint: connect captions, or type one prompt per line.")
+    if unknown := unknown_words(clip, dict.fromkeys([*prompts, recipe.negative])):
+        raise ValueError(
+            f"The prompts say embedding:{unknown[0]}, and this CLIP does not know that word: connect Use Embedding with this name, or put "
+            "the word's file into models/embeddings."
+        )
     encoded = {
         p: clip.encode_from_tokens_scheduled(clip.tokenize(p)) for p in dict.fromkeys([*prompts, recipe.negative])
     }

@@ -210,6 +210,17 @@ def test_another_word_under_the_same_name_is_another_set(graph, given, pack):
     assert not pictures(one).equal(pictures(other))
 
 
+@pytest.mark.parametrize("where", ["prompts", "negative"])
+@pytest.mark.parametrize("said", ["a cat, embedding:styel, red", "a cat (embedding:styel:1.2)", "embedding:styel"])
+def test_a_word_that_nobody_knows_is_named(graph, given, pack, where, said):
+    """Core would leave it out and paint on."""
+    job = _with_word(given, pack, 0.5)
+    job["2"]["inputs"][where] = said
+    one_sentence(graph(job, check=False), "embedding:styel,", "Use Embedding", "models/embeddings")
+    job["2"]["inputs"][where] = said.replace("styel", "style")
+    assert pictures(graph(job)).isfinite().all()
+
+
 def test_another_layer_of_the_text_encoder_is_another_set(graph):
     skip = {**generate(name="", clip=["3", 0]), "3": node("CLIPSetLastLayer", clip=["1", 1], stop_at_clip_layer=-2)}
     assert not pictures(graph(generate(name=""))).equal(pictures(graph(skip)))
