@@ -29,7 +29,7 @@ def remembered(forward: Callable[[], torch.Tensor], blocks: Iterable[nn.Module] 
     def pack(t: torch.Tensor) -> torch.Tensor:
         storage = t.untyped_storage()
         kept[storage.data_ptr() or storage._cdata] = storage.nbytes()  # tensors without data have no address
-        return t
+        return t.detach()  # t itself, where it is what a step gives, would keep that step alive for ever
 
     def enter(_, given, named):
         inputs.append(sum(x.nbytes for x in (*given, *named.values()) if isinstance(x, torch.Tensor)))

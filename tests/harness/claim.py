@@ -133,7 +133,7 @@ def table(
 
 
 def plot(claim: Claim, condition: str, seeds: tuple[int, ...] = ()) -> str:
-    """An SVG: a strip for each measure from 0 to 1, a row for each arm, a dot for each seed, a bar at the mean."""
+    """An SVG: a strip for each measure from 0 to 1, or to its largest value, a row for each arm, a dot for each seed, a bar at the mean."""
     found = records(claim, (condition,), seeds)
     width, left, row = 360, 230, 20
     height = len(claim.measures) * (len(found) + 1) * row + 20
@@ -143,10 +143,12 @@ def plot(claim: Claim, condition: str, seeds: tuple[int, ...] = ()) -> str:
     ]
     y = 20
     for measure in claim.measures:
-        parts.append(f'<text x="8" y="{y}" font-weight="bold">{measure}</text>')
+        most = max(1.0, *(m[measure] for by_seed in found.values() for m in by_seed.values()))
+        title = measure if most == 1 else f"{measure}, to {most:.3g}"
+        parts.append(f'<text x="8" y="{y}" font-weight="bold">{title}</text>')
         for arm, by_seed in found.items():
             y += row
-            values = [m[measure] for m in by_seed.values()]
+            values = [m[measure] / most for m in by_seed.values()]
             mean = left + width * statistics.mean(values)
             parts.append(f'<text x="24" y="{y}">{arm}</text><path d="M{left} {y - 4}h{width}" stroke="#ccc"/>')
             parts += [
