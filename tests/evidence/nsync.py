@@ -178,10 +178,12 @@ class Styles(Laboratory):
         return round(statistics.mean(losses), 5)
 
     def distances(self, painted, real) -> dict[str, float]:
+        import torch
         from counterpoint.training import distances
 
         see = self.nodes.features.pocket().pictures
-        seen = [see(pictures.movedim(1, -1)) for pictures in (painted, real)]
+        with torch.inference_mode():  # as in the nodes; core's vision tower keeps its gradients for ever
+            seen = [see(pictures.movedim(1, -1)) for pictures in (painted, real)]
         cubic, _ = distances.mmd2(seen[0].double(), seen[1].double(), distances.cubic, unbiased=True)
         return {"KID": round(cubic, 3), "CMMD": round(distances.cmmd(*seen)[0], 3)}
 
