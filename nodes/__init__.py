@@ -6,6 +6,7 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from . import (
+    attention,
     caption,
     compare,
     curves,
@@ -40,6 +41,7 @@ FAMILIES = (
     metrics,
     similarity,
     guidance,
+    attention,
 )
 
 

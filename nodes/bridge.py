@@ -7,10 +7,12 @@ import copy
 import hashlib
 import json
 import re
+import types
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd1_clip
 import comfy.supported_models
 import torch
@@ -437,7 +439,7 @@ def check_belong_together(model, cond: Conditioning) -> None:
 
 
 def fingerprint(thing) -> str:
-    """12 hex digits that say which weights a MODEL, CLIP, VAE or CLIP_VISION holds, the same after a restart."""
+    """12 hex digits that say what a MODEL, CLIP, VAE or CLIP_VISION does: its weights and its patches, the same after a restart."""
     patcher = getattr(thing, "patcher", thing)
     module = patcher.model
     digest = hashlib.sha256(type(module).__name__.encode())
@@ -462,6 +464,8 @@ def fingerprint(thing) -> str:
         digest.update(name.encode() + repr([k.__name__ for k in type(patch).__mro__]).encode())
         for t in getattr(patch, "buffers", tuple)():
             digest.update(_bytes(t))
+    patched = (getattr(patcher, part, None) for part in ("model_options", "wrappers", "injections"))
+    digest.update(b"".join(_described(part, set()) for part in patched))
     digest.update(str(getattr(thing, "layer_idx", None)).encode())
     for part in getattr(getattr(thing, "tokenizer", None), "__dict__", {}).values():
         lookup = getattr(part, "_try_get_embedding", None)
@@ -471,6 +475,32 @@ def fingerprint(thing) -> str:
                     digest.update(f"{name} {key}".encode() + vectors.detach().float().cpu().clone().numpy().tobytes())
             lookup = lookup.otherwise
     return digest.hexdigest()[:12]
+
+
+def _described(thing, seen: set[int]) -> bytes:
+    """What tells one patch from another after a restart: functions by name and by what they enclose, objects by class and public
+    attributes. Nothing for what is empty; models inside a patch only by their kind, as their weights move while they are used."""
+    if isinstance(thing, torch.Tensor):
+        return hashlib.sha256(thing.detach().float().cpu().clone().numpy().tobytes()).digest()
+    if isinstance(thing, (bool, int, float, str, torch.device, torch.dtype)):
+        return f"{thing!r};".encode()
+    if thing is None or id(thing) in seen:
+        return b""
+    seen.add(id(thing))
+    if isinstance(thing, dict):
+        parts = sorted((str(k).encode(), _described(v, seen)) for k, v in thing.items())
+        return b"".join(k + v for k, v in parts if v)
+    if isinstance(thing, (list, tuple, set)):
+        return b"".join(_described(part, seen) for part in thing)
+    kind = thing if hasattr(thing, "__qualname__") else type(thing)
+    name = f"{kind.__module__}.{kind.__qualname__};".encode()
+    if isinstance(thing, (torch.nn.Module, comfy.model_patcher.ModelPatcher, type)):
+        return name
+    function = getattr(thing, "__func__", thing)
+    enclosed = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != types.CellType()]
+    enclosed += [getattr(thing, "__self__", None), getattr(function, "__defaults__", None)]
+    public = {k: v for k, v in getattr(thing, "__dict__", {}).items() if not k.startswith("_")}
+    return name + _described(enclosed, seen) + _described(public, seen)
 
 
 def _bytes(t: torch.Tensor) -> bytes:

@@ -110,3 +110,31 @@ def test_the_fingerprint_changes_nothing(bridge, build):
     weights, patches = snapshot(model.model), copy.copy(model.patches)
     bridge.fingerprint(model)
     assert unchanged(weights, model.model) and model.patches == patches
+
+
+def test_patches_of_attention_and_guidance_change_the_fingerprint(bridge, build, attention_patches):
+    """Core's own nodes and ours, each with two settings; made anew, each is what it was, and using it changes nothing."""
+    with torch.inference_mode():
+        base = build.sd15_model()
+        prints = [bridge.fingerprint(model) for model in (base, *attention_patches(base))]
+        again = [bridge.fingerprint(model) for model in attention_patches(build.sd15_model())]
+    assert len(set(prints)) == len(prints) and again == prints[1:]
+
+
+@pytest.fixture
+def attention_patches(pack):
+    from comfy_extras import nodes_freelunch, nodes_pag
+
+    shared = pack.nodes.attention.patch.with_shared_attention
+    masks = torch.zeros(2, 8, 8)
+    masks[:, 2:5, 3] = 1
+
+    def patches(model):
+        pag, free = nodes_pag.PerturbedAttentionGuidance, nodes_freelunch.FreeU_V2
+        yield from (pag.execute(model, scale)[0] for scale in (1.0, 3.0))
+        yield from (free.execute(model, b1, 1.4, 0.9, 0.2)[0] for b1 in (1.1, 1.3))
+        yield from (shared(model, masks * on, 0.0, end) for on, end in ((1, 1.0), (1, 0.5)))
+        yield shared(model, masks.flip(1), 0.0, 1.0)
+        yield shared(model, None, 0.0, 1.0)
+
+    return patches

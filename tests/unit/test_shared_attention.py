@@ -1,0 +1,161 @@
+"""Shared attention against the dense mask of the paper, and as a patch of ComfyUI's models."""
+
+import itertools
+
+import pytest
+import torch
+
+from harness.small_nets import load, numbers
+
+PICTURES, SHARES, WIDTHS = (2, 3, 4, 8), (0.0, 0.1, 0.5, 1.0), (40, 64, 128)
+
+
+@pytest.fixture(scope="module")
+def attention(pack):
+    return pack.nodes.attention
+
+
+def plain(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def dense(q, k, v, subjects):
+    """Every picture against all keys of the set, what it may not see at minus infinity; in double precision."""
+    count, tokens, _ = q.shape
+    q, k, v = q.double(), k.double().flatten(0, 1), v.double().flatten(0, 1)
+    logits = q @ k.T / q.shape[-1] ** 0.5
+    for n, m in itertools.product(range(count), repeat=2):
+        unseen = [t for t in range(tokens) if n != m and t not in subjects[m].tolist()]
+        logits[n, :, [m * tokens + t for t in unseen]] = -torch.inf
+    return logits.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("count, share, width", itertools.product(PICTURES, SHARES, WIDTHS))
+def test_leaving_keys_out_is_the_dense_mask(attention, count, share, width, dtype, error):
+    q, k, v = (numbers(count, 24, width, seed=s).to(dtype) for s in (1, 2, 3))
+    generator = torch.Generator().manual_seed(4)
+    subjects = [torch.randperm(24, generator=generator)[: round(24 * share)] for _ in range(count)]
+    got = attention.shared.shared(plain, q, k, v, subjects)
+    assert (got - dense(q, k, v, subjects)).abs().max() <= error
+
+
+def test_others_see_the_subject_and_nothing_else(attention):
+    q, k, v = (numbers(3, 16, 8, seed=s) for s in (1, 2, 3))
+    subjects = [torch.tensor([3, 4])] * 3
+
+    def change(token: int) -> torch.Tensor:
+        other = v.clone()
+        other[1, token] += 1
+        before, after = (attention.shared.shared(plain, q, k, x, subjects) for x in (v, other))
+        return (after - before).abs().amax((1, 2))
+
+    assert change(5)[[0, 2]].eq(0).all() and change(5)[1] > 0
+    assert change(3)[[0, 2]].gt(1e-3).all()
+
+
+def test_a_subject_is_where_its_mask_touches_a_token(attention):
+    masks = torch.zeros(2, 40, 60)
+    masks[0, 10, 59], masks[1, :20] = 1, 1
+    touched = attention.shared.subject_tokens(masks, 4, 6)
+    assert touched[0].tolist() == [11] and touched[1].tolist() == list(range(12))
+
+
+KINDS = ("SD1.5", "SDXL", "Pocket")
+
+
+@pytest.fixture(params=KINDS)
+def model(request, pack, small_models):
+    families = small_models.families.FAMILIES
+    with torch.inference_mode():
+        made = pack.nodes.pocket_models.load_model() if request.param == "Pocket" else families[request.param].model()
+        load(made)
+        return made
+
+
+@torch.inference_mode()
+def asked(model, x, states, prompts, sigma=1.0):
+    """What the network says of the rows, as a sampler asks for them."""
+    options = model.model_options["transformer_options"]
+    sigmas = torch.full((len(x),), sigma)
+    told = {**options, "cond_or_uncond": prompts, "sigmas": sigmas[: len(x) // len(prompts)]}
+    width = model.model.adm_channels if getattr(model.model, "adm_channels", 0) else 0
+    more = {"y": numbers(1, width, seed=9).expand(len(x), -1)} if width else {}
+    return model.model.apply_model(x, sigmas, c_crossattn=states, transformer_options=told, **more)
+
+
+def given(model, count, seed=1, height=16, width=24):
+    context = model.model.model_config.unet_config["context_dim"]
+    return numbers(count, 4, height, width, seed=seed), numbers(count, 77, context, seed=seed + 50)
+
+
+@pytest.fixture
+def patched(attention, model):
+    def patched(masks=None, start=0.0, end=1.0):
+        return attention.patch.with_shared_attention(model, masks, start, end)
+
+    return patched
+
+
+def block(count: int) -> torch.Tensor:
+    masks = torch.zeros(count, 32, 48)
+    masks[:, 8:20, 10:30] = 1
+    return masks
+
+
+def test_pictures_change_together(model, patched):
+    """And the model that the patch was made from does not."""
+    x, states = given(model, 3)
+    before = asked(model, x, states, [0])
+    with_masks, whole = asked(patched(block(3)), x, states, [0]), asked(patched(), x, states, [0])
+    assert (with_masks - before).abs().max() > 1e-4 and (whole - with_masks).abs().max() > 1e-4
+    assert asked(model, x, states, [0]).equal(before)
+
+
+def test_what_it_does_is_part_of_the_models_identity(bridge, model, patched):
+    """So that a set painted without it is not taken for one painted with it."""
+    x, states = given(model, 2)
+    shared = patched(block(2))
+    before = bridge.fingerprint(shared)
+    asked(shared, x, states, [0])
+    assert before == bridge.fingerprint(shared) != bridge.fingerprint(model)
+
+
+def test_a_single_picture_is_painted_as_without(model, patched):
+    x, states = given(model, 1)
+    assert asked(patched(block(1)), x, states, [0]).equal(asked(model, x, states, [0]))
+
+
+@pytest.mark.parametrize("start, end", [(0.0, 0.1), (0.9, 1.0)])
+def test_outside_its_time_it_does_nothing(model, patched, start, end):
+    x, states = given(model, 2)
+    assert asked(patched(block(2), start, end), x, states, [0]).equal(asked(model, x, states, [0]))
+
+
+def test_prompts_may_come_together_or_apart(model, patched):
+    """cfg above 1 asks for both in one pass, or one after the other where memory is short; the answer is the same."""
+    (x, said), (_, unsaid) = given(model, 3), given(model, 3, seed=7)
+    shared = patched(block(3))
+    together = asked(shared, torch.cat([x, x]), torch.cat([unsaid, said]), [1, 0])
+    apart = torch.cat([asked(shared, x, unsaid, [1]), asked(shared, x, said, [0])])
+    assert (together - apart).abs().max() <= 1e-5
+    other = asked(shared, torch.cat([x, x]), torch.cat([unsaid + 1, said]), [1, 0])
+    assert (other[3:] - together[3:]).abs().max() <= 1e-6, "what is not wanted reached what is"
+
+
+def test_a_mask_for_each_or_one_for_all(model, patched):
+    x, states = given(model, 3)
+    assert asked(patched(block(1)), x, states, [0]).equal(asked(patched(block(3)), x, states, [0]))
+    with pytest.raises(ValueError, match="has 2 masks, and 3 pictures.*1 for each, or 1 for all"):
+        asked(patched(block(2)), x, states, [0])
+    with pytest.raises(ValueError, match="got 3 rows for 2 prompts"):
+        asked(patched(block(1)), x, states, [1, 0])
+    with pytest.raises(ValueError, match="The masks are black.*paint the subject white"):
+        patched(torch.zeros(1, 8, 8))
+
+
+def test_another_architecture_is_refused_by_name(attention, small_models):
+    with torch.inference_mode():
+        flux = small_models.families.FAMILIES["FLUX.1"].model()
+    with pytest.raises(ValueError, match="does not know Flux: use a model of"):
+        attention.patch.with_shared_attention(flux, None, 0.0, 1.0)
