@@ -20,7 +20,8 @@ class SharedAttention(io.ComfyNode):
             search_aliases=["consistent character", "same object", "syncd", "consistory", "story diffusion"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="Of the SD 1.5, SD 2 or SDXL kind, or Pocket; 1 MODEL, which does not change."
+                    "model",
+                    tooltip="Of the SD 1.5, SD 2, SDXL or FLUX kind, or Pocket; 1 MODEL, which does not change.",
                 ),
                 io.Mask.Input(
                     "masks",

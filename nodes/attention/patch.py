@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import torch
+from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.attention import BasicTransformerBlock, optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.patcher_extension import WrappersMP
 
-from .shared import shared, subject_tokens
+from .shared import moved, shared, subject_tokens
+
+KEY = "counterpoint.shared_attention"
+OVERRIDE = "optimized_attention_override"
 
 
 def with_shared_attention(model, masks: torch.Tensor | None, start: float, end: float):
@@ -15,56 +20,46 @@ def with_shared_attention(model, masks: torch.Tensor | None, start: float, end: 
     `masks` (1 or n, H, W) show the subjects; None shares whole pictures. Raises ValueError for a model that cannot do it.
     """
     network = model.model.diffusion_model
-    if not isinstance(network, UNetModel):
+    kind = next((kind for known, kind in KINDS.items() if isinstance(network, known)), None)
+    if kind is None:
         raise ValueError(
-            f"Shared Attention does not know {type(network).__name__}: use a model of the SD 1.5, SD 2 or SDXL kind, or Pocket."
+            f"Shared Attention does not know {type(network).__name__}: use a model of the SD 1.5, SD 2, SDXL or FLUX kind, or Pocket."
         )
     if masks is not None and not masks.any():
         raise ValueError(
             "The masks are black, so no picture would see anything of the others: paint the subject white."
         )
-    sampling = model.get_model_object("model_sampling")
-    patch = SharedAttention(masks, sampling.percent_to_sigma(start), sampling.percent_to_sigma(end))
-    clone = model.clone()
-    for name, blocks in (
-        ("input", network.input_blocks),
-        ("middle", [network.middle_block]),
-        ("output", network.output_blocks),
-    ):
-        for number, block in enumerate(blocks):
-            if any(isinstance(part, BasicTransformerBlock) for part in block.modules()):
-                clone.set_model_attn1_replace(patch, name, number)
+    sampling, clone = model.get_model_object("model_sampling"), model.clone()
+    kind(masks, sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)).install(clone, network)
     return clone
 
 
-class SharedAttention:
-    """In the place of a block's self-attention. Nothing is kept between calls but where the subjects lie."""
+class Sharing:
+    """In the place of a model's self-attention. Nothing is kept between calls but where the subjects lie."""
 
     def __init__(self, masks: torch.Tensor | None, most: float, least: float):
         """Acts from noise level `most` down to `least`, which is left out."""
         self.masks, self.most, self.least = masks, most, least
         self._found: dict[tuple, list[torch.Tensor]] = {}
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> torch.Tensor:
-        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            precision = options["attn_precision"]
-            return optimized_attention(
-                q, k, v, options["n_heads"], attn_precision=precision, transformer_options=options
-            )
+    def install(self, clone, network) -> None:
+        raise NotImplementedError
 
-        prompts = len(
-            options["cond_or_uncond"]
-        )  # each set of the batch has a prompt of its own: with and without guidance
-        pictures, odd = divmod(len(q), prompts)
+    def pictures(self, rows: int, options: dict) -> int:
+        """In a set; 1 where there is nothing to share. Each prompt of a batch, with and without guidance, has the whole set."""
+        count, odd = divmod(rows, len(options["cond_or_uncond"]))
         if odd:
+            prompts = len(options["cond_or_uncond"])
             raise ValueError(
-                f"Shared Attention got {len(q)} rows for {prompts} prompts: something cuts the batch into pieces."
+                f"Shared Attention got {rows} rows for {prompts} prompts: something cuts the batch into pieces."
             )
-        if pictures == 1 or not self.least < float(options["sigmas"][0]) <= self.most:
-            return attention(q, k, v)
-        subjects = self._subjects(pictures, *options["activations_shape"][-2:], q.device)
-        sets = zip(q.chunk(prompts), k.chunk(prompts), v.chunk(prompts), strict=True)
-        return torch.cat([shared(attention, *each, subjects) for each in sets])
+        return count if self.least < float(options["sigmas"][0]) <= self.most else 1
+
+    def of_sets(self, attention, q, k, v, pictures: int, grid: tuple[int, int], **how) -> torch.Tensor:
+        """Attention of a batch of several sets, each by itself."""
+        subjects = self._subjects(pictures, *grid, q.device)
+        sets = zip(q.split(pictures), k.split(pictures), v.split(pictures), strict=True)
+        return torch.cat([shared(attention, *each, subjects, **how) for each in sets])
 
     def _subjects(self, pictures: int, height: int, width: int, device: torch.device) -> list[torch.Tensor]:
         key = pictures, height, width, device
@@ -78,3 +73,73 @@ class SharedAttention:
             rows = [each.to(device) for each in subject_tokens(masks, height, width)]
             self._found[key] = rows * (pictures // len(rows))
         return self._found[key]
+
+
+class UNetSharing(Sharing):
+    """Its self-attention has image tokens alone, without positions."""
+
+    def install(self, clone, network) -> None:
+        parts = {"input": network.input_blocks, "middle": [network.middle_block], "output": network.output_blocks}
+        for name, blocks in parts.items():
+            for number, block in enumerate(blocks):
+                if any(isinstance(part, BasicTransformerBlock) for part in block.modules()):
+                    clone.set_model_attn1_replace(self, name, number)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> torch.Tensor:
+        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            precision = options["attn_precision"]
+            return optimized_attention(
+                q, k, v, options["n_heads"], attn_precision=precision, transformer_options=options
+            )
+
+        pictures = self.pictures(len(q), options)
+        if pictures == 1:
+            return attention(q, k, v)
+        return self.of_sets(attention, q, k, v, pictures, options["activations_shape"][-2:])
+
+
+class FluxSharing(Sharing):
+    """Words and image tokens in one sequence, with rotary positions. The subjects of the others seem to lie below the picture, one
+    picture's height for each, as in SynCD."""
+
+    def install(self, clone, network) -> None:
+        self.patch, self.widths, self.theta = network.patch_size, list(network.params.axes_dim), network.params.theta
+        options = clone.model_options["transformer_options"]
+        self.before, options[OVERRIDE] = options.get(OVERRIDE), self
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.tell_size)
+
+    def tell_size(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
+    ):
+        """Attention itself is told how many tokens there are, not how they lie."""
+        grid = tuple(-(-side // self.patch) for side in x.shape[-2:])
+        return executor(x, t, c_concat, c_crossattn, control, {**(transformer_options or {}), KEY: grid}, **conds)
+
+    def __call__(
+        self, function, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask=None, **more
+    ) -> torch.Tensor:
+        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            if self.before is not None:
+                return self.before(function, q, k, v, heads, mask=mask, **more)
+            return function(q, k, v, heads, mask=mask, **more)
+
+        options = more["transformer_options"]
+        pictures = self.pictures(len(q), options)
+        if pictures == 1:
+            return attention(q, k, v)
+        if mask is not None or options.get("reference_image_num_tokens"):
+            raise ValueError(
+                "Shared Attention cannot be combined with reference pictures or Redux: take one or the other."
+            )
+        height, width = options[KEY]
+
+        def below(keys: torch.Tensor, slot: int) -> torch.Tensor:
+            by = [0.0] * len(self.widths)
+            by[1] = float(slot * height)
+            return moved(keys, by, self.widths, self.theta)
+
+        words = q.shape[2] - height * width
+        return self.of_sets(attention, q, k, v, pictures, (height, width), text=words, axis=2, place=below)
+
+
+KINDS = {UNetModel: UNetSharing, Flux: FluxSharing}

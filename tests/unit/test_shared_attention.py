@@ -61,7 +61,18 @@ def test_a_subject_is_where_its_mask_touches_a_token(attention):
     assert touched[0].tolist() == [11] and touched[1].tolist() == list(range(12))
 
 
-KINDS = ("SD1.5", "SDXL", "Pocket")
+def test_moving_a_key_is_placing_it_elsewhere(attention):
+    """Against core's own positions."""
+    from comfy.ldm.flux.layers import EmbedND
+    from comfy.ldm.flux.math import _apply_rope1
+
+    keys, widths, positions = numbers(2, 3, 10, 32), [8, 12, 12], numbers(1, 10, 3, seed=2).mul(20).round()
+    place = EmbedND(dim=32, theta=10000, axes_dim=widths)
+    here, there = (_apply_rope1(keys, place(positions + torch.tensor(by))) for by in ([0.0, 0, 0], [0.0, 64, 3]))
+    assert (attention.shared.moved(here, [0.0, 64.0, 3.0], widths, 10000) - there).abs().max() <= 1e-5
+
+
+KINDS = ("SD1.5", "SDXL", "Pocket", "FLUX.1", "FLUX.2")
 
 
 @pytest.fixture(params=KINDS)
@@ -76,7 +87,7 @@ def model(request, pack, small_models):
 @torch.inference_mode()
 def asked(model, x, states, prompts, sigma=1.0):
     """What the network says of the rows, as a sampler asks for them."""
-    options = model.model_options["transformer_options"]
+    options = {**model.model_options["transformer_options"], "wrappers": model.wrappers}
     sigmas = torch.full((len(x),), sigma)
     told = {**options, "cond_or_uncond": prompts, "sigmas": sigmas[: len(x) // len(prompts)]}
     width = model.model.adm_channels if getattr(model.model, "adm_channels", 0) else 0
@@ -85,8 +96,10 @@ def asked(model, x, states, prompts, sigma=1.0):
 
 
 def given(model, count, seed=1, height=16, width=24):
-    context = model.model.model_config.unet_config["context_dim"]
-    return numbers(count, 4, height, width, seed=seed), numbers(count, 77, context, seed=seed + 50)
+    config = model.model.model_config.unet_config
+    context = config.get("context_dim") or config["context_in_dim"]
+    latents = numbers(count, model.model.latent_format.latent_channels, height, width, seed=seed)
+    return latents, numbers(count, 77, context, seed=seed + 50)
 
 
 @pytest.fixture
@@ -129,7 +142,7 @@ def test_a_single_picture_is_painted_as_without(model, patched):
 @pytest.mark.parametrize("start, end", [(0.0, 0.1), (0.9, 1.0)])
 def test_outside_its_time_it_does_nothing(model, patched, start, end):
     x, states = given(model, 2)
-    assert asked(patched(block(2), start, end), x, states, [0]).equal(asked(model, x, states, [0]))
+    assert asked(patched(block(2), start, end), x, states, [0], 0.6).equal(asked(model, x, states, [0], 0.6))
 
 
 def test_prompts_may_come_together_or_apart(model, patched):
@@ -156,6 +169,81 @@ def test_a_mask_for_each_or_one_for_all(model, patched):
 
 def test_another_architecture_is_refused_by_name(attention, small_models):
     with torch.inference_mode():
-        flux = small_models.families.FAMILIES["FLUX.1"].model()
-    with pytest.raises(ValueError, match="does not know Flux: use a model of"):
-        attention.patch.with_shared_attention(flux, None, 0.0, 1.0)
+        other = small_models.families.FAMILIES["SD3.5"].model()
+    with pytest.raises(ValueError, match="does not know OpenAISignatureMMDITWrapper: use a model of"):
+        attention.patch.with_shared_attention(other, None, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", ["FLUX.1", "FLUX.2"])
+def test_flux_is_the_papers_dense_mask(attention, small_models, name, count):
+    """The whole network against one that attends to all pictures at once: positions of a canvas on which the others lie one below
+    the other, and a mask over every key."""
+    from comfy.ldm.flux.math import _apply_rope1
+
+    with torch.inference_mode():
+        model = small_models.families.FAMILIES[name].model()
+        load(model)
+    (x, states), network = given(model, count), model.model.diffusion_model
+    masks = torch.zeros(count, 32, 48)
+    for n in range(count):
+        masks[n, 4 + 6 * n : 16 + 6 * n, 10:30] = 1
+    height, width = (-(-side // network.patch_size) for side in x.shape[-2:])
+    subjects = attention.shared.subject_tokens(masks, height, width)
+    tokens, axes = height * width, len(network.params.axes_dim)
+
+    def places(slot: int) -> torch.Tensor:
+        ids = torch.zeros(height, width, axes)
+        ids[..., 1] = torch.arange(height)[:, None] + slot * height
+        ids[..., 2] = torch.arange(width)
+        return ids.flatten(0, 1)
+
+    def attend_to_all(q, k, v, pe, attn_mask, extra_options):
+        words = q.shape[2] - tokens
+        text_ids = torch.zeros(words, axes)
+        for axis in network.params.txt_ids_dims:
+            text_ids[:, axis] = torch.arange(words)
+        ids = torch.cat([text_ids, *map(places, range(count))])[None]
+        order = [[(n - slot) % count for slot in range(count)] for n in range(count)]
+        keys, values = (
+            torch.stack([torch.cat([t[n, :, :words], *(t[m, :, words:] for m in order[n])], 1) for n in range(count)])
+            for t in (k, v)
+        )
+        hidden = torch.zeros(count, 1, q.shape[2], keys.shape[2])
+        for n in range(count):
+            hidden[n, :, :words, words + tokens :] = -torch.inf
+            for slot in range(1, count):
+                unseen = torch.ones(tokens, dtype=torch.bool)
+                unseen[subjects[order[n][slot]]] = False
+                first = words + slot * tokens
+                hidden[n, :, words:, first : first + tokens][..., unseen] = -torch.inf
+        positions = network.pe_embedder(ids)
+        return {"q": _apply_rope1(q, positions[:, :, : q.shape[2]]), "k": _apply_rope1(keys, positions), "v": values, "pe": None,
+                "attn_mask": hidden}  # fmt: skip
+
+    oracle = model.clone()
+    oracle.set_model_attn1_patch(attend_to_all)
+    expected, got = (
+        asked(oracle, x, states, [0]),
+        asked(attention.patch.with_shared_attention(model, masks, 0.0, 1.0), x, states, [0]),
+    )
+    assert (expected - asked(model, x, states, [0])).abs().max() > 1e-3
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_another_override_is_asked_too(attention, small_models):
+    """Core has one place for whoever replaces attention; nobody is thrown out of it."""
+    with torch.inference_mode():
+        model = small_models.families.FAMILIES["FLUX.1"].model()
+        load(model)
+    heard, (x, states) = [], given(model, 2)
+
+    def listen(function, *args, **more):
+        heard.append(args[0].shape)
+        return function(*args, **more)
+
+    first = model.clone()
+    first.model_options["transformer_options"]["optimized_attention_override"] = listen
+    alone, both = (attention.patch.with_shared_attention(m, block(2), 0.0, 1.0) for m in (model, first))
+    assert asked(alone, x, states, [0]).equal(asked(both, x, states, [0])) and heard
+    assert model.model_options["transformer_options"].get("optimized_attention_override") is None
