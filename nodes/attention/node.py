@@ -21,7 +21,7 @@ class SharedAttention(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Of the SD 1.5, SD 2, SDXL or FLUX kind, or Pocket; 1 MODEL, which does not change.",
+                    tooltip="1 MODEL, which does not change: SD 1.5, SD 2, SDXL, SD 3, FLUX.1, FLUX.2, Qwen-Image, Z-Image, Pocket.",
                 ),
                 io.Mask.Input(
                     "masks",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 from comfy.ldm.flux.model import Flux
+from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.attention import BasicTransformerBlock, optimized_attention
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.patcher_extension import WrappersMP
 
 from .shared import moved, shared, subject_tokens
@@ -23,7 +26,7 @@ def with_shared_attention(model, masks: torch.Tensor | None, start: float, end: 
     kind = next((kind for known, kind in KINDS.items() if isinstance(network, known)), None)
     if kind is None:
         raise ValueError(
-            f"Shared Attention does not know {type(network).__name__}: use a model of the SD 1.5, SD 2, SDXL or FLUX kind, or Pocket."
+            f"Shared Attention does not know {type(network).__name__}: use SD 1.5, SD 2, SDXL, SD 3, FLUX, Qwen-Image, Z-Image, or Pocket."
         )
     if masks is not None and not masks.any():
         raise ValueError(
@@ -55,11 +58,12 @@ class Sharing:
             )
         return count if self.least < float(options["sigmas"][0]) <= self.most else 1
 
-    def of_sets(self, attention, q, k, v, pictures: int, grid: tuple[int, int], **how) -> torch.Tensor:
+    def of_sets(self, attention, q, k, v, pictures: int, grid: tuple[int, int], mask=None, **how) -> torch.Tensor:
         """Attention of a batch of several sets, each by itself."""
         subjects = self._subjects(pictures, *grid, q.device)
-        sets = zip(q.split(pictures), k.split(pictures), v.split(pictures), strict=True)
-        return torch.cat([shared(attention, *each, subjects, **how) for each in sets])
+        masks = [None] * (len(q) // pictures) if mask is None else mask.split(pictures)
+        sets = zip(q.split(pictures), k.split(pictures), v.split(pictures), masks, strict=True)
+        return torch.cat([shared(attention, *each, subjects, mask=own, **how) for *each, own in sets])
 
     def _subjects(self, pictures: int, height: int, width: int, device: torch.device) -> list[torch.Tensor]:
         key = pictures, height, width, device
@@ -86,7 +90,7 @@ class UNetSharing(Sharing):
                     clone.set_model_attn1_replace(self, name, number)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> torch.Tensor:
-        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attention(q, k, v, _=None) -> torch.Tensor:
             precision = options["attn_precision"]
             return optimized_attention(
                 q, k, v, options["n_heads"], attn_precision=precision, transformer_options=options
@@ -98,12 +102,15 @@ class UNetSharing(Sharing):
         return self.of_sets(attention, q, k, v, pictures, options["activations_shape"][-2:])
 
 
-class FluxSharing(Sharing):
-    """Words and image tokens in one sequence, with rotary positions. The subjects of the others seem to lie below the picture, one
-    picture's height for each, as in SynCD."""
+class JointSharing(Sharing):
+    """Words and image tokens in one sequence. Where these have rotary positions, the subjects of the others seem to lie below the
+    picture, one picture's height for each, as in SynCD."""
 
     def install(self, clone, network) -> None:
-        self.patch, self.widths, self.theta = network.patch_size, list(network.params.axes_dim), network.params.theta
+        positions = getattr(network, "pe_embedder", None) or getattr(network, "rope_embedder", None)
+        self.patch, self.multiple = network.patch_size, getattr(network, "pad_tokens_multiple", None) or 1
+        self.refines = hasattr(network, "noise_refiner")  # words and picture by themselves, in blocks of no type
+        self.widths, self.theta = (list(positions.axes_dim), positions.theta) if positions else ([], 0)
         options = clone.model_options["transformer_options"]
         self.before, options[OVERRIDE] = options.get(OVERRIDE), self
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.tell_size)
@@ -118,28 +125,27 @@ class FluxSharing(Sharing):
     def __call__(
         self, function, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask=None, **more
     ) -> torch.Tensor:
-        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attention(q, k, v, mask=mask) -> torch.Tensor:
             if self.before is not None:
                 return self.before(function, q, k, v, heads, mask=mask, **more)
             return function(q, k, v, heads, mask=mask, **more)
 
         options = more["transformer_options"]
         pictures = self.pictures(len(q), options)
-        if pictures == 1:
+        if pictures == 1 or (self.refines and not options.get("block_type")):
             return attention(q, k, v)
-        if mask is not None or options.get("reference_image_num_tokens"):
+        if options.get("reference_image_num_tokens") or (mask is not None and mask.shape[-2] != 1):
             raise ValueError(
                 "Shared Attention cannot be combined with reference pictures or Redux: take one or the other."
             )
-        height, width = options[KEY]
+        (height, width), axis = options[KEY], 2 if more.get("skip_reshape") else 1
 
         def below(keys: torch.Tensor, slot: int) -> torch.Tensor:
-            by = [0.0] * len(self.widths)
-            by[1] = float(slot * height)
-            return moved(keys, by, self.widths, self.theta)
+            by = [float(slot * height) * (number == 1) for number in range(len(self.widths))]
+            return moved(keys, by, self.widths, self.theta) if by else keys
 
-        words = q.shape[2] - height * width
-        return self.of_sets(attention, q, k, v, pictures, (height, width), text=words, axis=2, place=below)
+        words = q.shape[axis] + -(height * width) // self.multiple * self.multiple  # images may be filled up
+        return self.of_sets(attention, q, k, v, pictures, (height, width), mask, text=words, axis=axis, place=below)
 
 
-KINDS = {UNetModel: UNetSharing, Flux: FluxSharing}
+KINDS = {UNetModel: UNetSharing, **dict.fromkeys((MMDiT, Flux, QwenImageTransformer2DModel, NextDiT), JointSharing)}

@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attention = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor
+]  # of q, k, v and a mask
 Place = Callable[[torch.Tensor, int], torch.Tensor]
 
 
@@ -23,12 +25,13 @@ def subject_tokens(masks: torch.Tensor, height: int, width: int) -> list[torch.T
 
 
 def shared(attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subjects: list[torch.Tensor], text: int = 0,
-           axis: int = 1, place: Place = lambda keys, slot: keys) -> torch.Tensor:  # fmt: skip
+           axis: int = 1, place: Place = lambda keys, slot: keys, mask: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
     """Attention of a set of N pictures, whose tokens lie along `axis`; gives (N, tokens, width), as `attention` does.
 
     `subjects[n]` are the image tokens of picture n that the others see. Picture n sees its own keys, then the subjects of n-1, n-2, ...
     around the set, as the reference arranges them; `place(keys, slot)` moves those of the slot-th neighbour, 1 to N-1, to where they
-    shall seem to lie. The first `text` tokens are words: they see their own picture, and only it sees them.
+    shall seem to lie. The first `text` tokens are words: they see their own picture, and only it sees them. `mask` (N, ..., tokens) is
+    added to the logits of a picture's own keys, words that fill up a caption for one.
     """
     count, images = len(q), q.shape[axis] - text
     seen = [
@@ -40,10 +43,11 @@ def shared(attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
         others = [(slot, *seen[(n - slot) % count]) for slot in range(1, count)]
         keys = torch.cat([k[n : n + 1], *(place(key, slot) for slot, key, _ in others)], dim=axis)
         values = torch.cat([v[n : n + 1], *(value for *_, value in others)], dim=axis)
-        painted.append(attention(q[n : n + 1].narrow(axis, text, images), keys, values))
+        own = None if mask is None else F.pad(mask[n : n + 1], (0, keys.shape[axis] - k.shape[axis]))
+        painted.append(attention(q[n : n + 1].narrow(axis, text, images), keys, values, own))
     if not text:
         return torch.cat(painted)
-    return torch.cat([attention(q.narrow(axis, 0, text), k, v), torch.cat(painted)], dim=1)
+    return torch.cat([attention(q.narrow(axis, 0, text), k, v, mask), torch.cat(painted)], dim=1)
 
 
 def moved(keys: torch.Tensor, by: list[float], widths: list[int], theta: float) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Shared attention against the dense mask of the paper, and as a patch of ComfyUI's models."""
 
 import itertools
+import types
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ def attention(pack):
     return pack.nodes.attention
 
 
-def plain(q, k, v):
+def plain(q, k, v, _=None):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
 
@@ -72,7 +73,7 @@ def test_moving_a_key_is_placing_it_elsewhere(attention):
     assert (attention.shared.moved(here, [0.0, 64.0, 3.0], widths, 10000) - there).abs().max() <= 1e-5
 
 
-KINDS = ("SD1.5", "SDXL", "Pocket", "FLUX.1", "FLUX.2")
+KINDS = ("SD1.5", "SDXL", "Pocket", "SD3.5", "FLUX.1", "FLUX.2", "Qwen-Image", "Z-Image")
 
 
 @pytest.fixture(params=KINDS)
@@ -92,13 +93,17 @@ def asked(model, x, states, prompts, sigma=1.0):
     told = {**options, "cond_or_uncond": prompts, "sigmas": sigmas[: len(x) // len(prompts)]}
     width = model.model.adm_channels if getattr(model.model, "adm_channels", 0) else 0
     more = {"y": numbers(1, width, seed=9).expand(len(x), -1)} if width else {}
+    if hasattr(model.model.diffusion_model, "noise_refiner"):
+        more["num_tokens"] = states.shape[1]
     return model.model.apply_model(x, sigmas, c_crossattn=states, transformer_options=told, **more)
 
 
 def given(model, count, seed=1, height=16, width=24):
     config = model.model.model_config.unet_config
-    context = config.get("context_dim") or config["context_in_dim"]
-    latents = numbers(count, model.model.latent_format.latent_channels, height, width, seed=seed)
+    names = [k for k in ("context_dim", "context_in_dim", "joint_attention_dim", "cap_feat_dim") if config.get(k)]
+    context = config[names[0]] if names else config["context_embedder_config"]["params"]["in_features"]
+    space = model.model.latent_format
+    latents = numbers(count, space.latent_channels, *[1] * (space.latent_dimensions - 2), height, width, seed=seed)
     return latents, numbers(count, 77, context, seed=seed + 50)
 
 
@@ -167,20 +172,18 @@ def test_a_mask_for_each_or_one_for_all(model, patched):
         patched(torch.zeros(1, 8, 8))
 
 
-def test_another_architecture_is_refused_by_name(attention, small_models):
-    with torch.inference_mode():
-        other = small_models.families.FAMILIES["SD3.5"].model()
-    with pytest.raises(ValueError, match="does not know OpenAISignatureMMDITWrapper: use a model of"):
-        attention.patch.with_shared_attention(other, None, 0.0, 1.0)
+def test_another_architecture_is_refused_by_name(attention, model):
+    strange = model.clone()
+    strange.model = types.SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="does not know Linear: use SD 1.5"):
+        attention.patch.with_shared_attention(strange, None, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("name", ["FLUX.1", "FLUX.2"])
-def test_flux_is_the_papers_dense_mask(attention, small_models, name, count):
-    """The whole network against one that attends to all pictures at once: positions of a canvas on which the others lie one below
-    the other, and a mask over every key."""
-    from comfy.ldm.flux.math import _apply_rope1
-
+@pytest.mark.parametrize("name", ["SD3.5", "FLUX.1", "FLUX.2", "Qwen-Image", "Z-Image"])
+def test_a_network_with_words_is_the_papers_dense_mask(attention, small_models, name, count):
+    """Whole networks against one that attends to all pictures at once, through a mask over every key. Where positions are rotary, the
+    others' are those of a canvas on which they lie one below the other."""
     with torch.inference_mode():
         model = small_models.families.FAMILIES[name].model()
         load(model)
@@ -189,46 +192,76 @@ def test_flux_is_the_papers_dense_mask(attention, small_models, name, count):
     for n in range(count):
         masks[n, 4 + 6 * n : 16 + 6 * n, 10:30] = 1
     height, width = (-(-side // network.patch_size) for side in x.shape[-2:])
-    subjects = attention.shared.subject_tokens(masks, height, width)
-    tokens, axes = height * width, len(network.params.axes_dim)
+    oracle = dense_network(model, attention.shared.subject_tokens(masks, height, width), height, width)
+    shared = attention.patch.with_shared_attention(model, masks, 0.0, 1.0)
+    expected, got, alone = (asked(m, x, states, [0]) for m in (oracle, shared, model))
+    assert (expected - alone).abs().max() > 1e-3
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
-    def places(slot: int) -> torch.Tensor:
-        ids = torch.zeros(height, width, axes)
-        ids[..., 1] = torch.arange(height)[:, None] + slot * height
-        ids[..., 2] = torch.arange(width)
-        return ids.flatten(0, 1)
 
-    def attend_to_all(q, k, v, pe, attn_mask, extra_options):
-        words = q.shape[2] - tokens
-        text_ids = torch.zeros(words, axes)
-        for axis in network.params.txt_ids_dims:
-            text_ids[:, axis] = torch.arange(words)
-        ids = torch.cat([text_ids, *map(places, range(count))])[None]
-        order = [[(n - slot) % count for slot in range(count)] for n in range(count)]
-        keys, values = (
-            torch.stack([torch.cat([t[n, :, :words], *(t[m, :, words:] for m in order[n])], 1) for n in range(count)])
-            for t in (k, v)
-        )
-        hidden = torch.zeros(count, 1, q.shape[2], keys.shape[2])
+def dense_network(model, subjects, height, width):
+    """A clone whose attention is written out; what it needs of positions it takes from the network itself."""
+    from comfy.ldm.flux.math import _apply_rope1
+
+    network, tokens, count, kept = model.model.diffusion_model, height * width, len(subjects), {}
+    refines, multiple = hasattr(network, "noise_refiner"), getattr(network, "pad_tokens_multiple", None) or 1
+    filled = -(-tokens // multiple) * multiple
+
+    def before_positions(q, k, v, **_):
+        kept["keys"] = k
+        return {}
+
+    def places(told):
+        kept["ids"] = told["img_ids"][:1]
+        return told
+
+    def attend_to_all(function, q, k, v, heads, mask=None, skip_reshape=False, transformer_options=None, **more):
+        if refines and "block_type" not in transformer_options:
+            return function(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, **more)
+        if not skip_reshape:
+            q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+        words, painted = q.shape[2] - filled, []
         for n in range(count):
-            hidden[n, :, :words, words + tokens :] = -torch.inf
+            keys, values, hidden = [k[n]], [v[n]], [torch.zeros(q.shape[2], k.shape[2])]
             for slot in range(1, count):
-                unseen = torch.ones(tokens, dtype=torch.bool)
-                unseen[subjects[order[n][slot]]] = False
-                first = words + slot * tokens
-                hidden[n, :, words:, first : first + tokens][..., unseen] = -torch.inf
-        positions = network.pe_embedder(ids)
-        return {"q": _apply_rope1(q, positions[:, :, : q.shape[2]]), "k": _apply_rope1(keys, positions), "v": values, "pe": None,
-                "attn_mask": hidden}  # fmt: skip
+                m = (n - slot) % count
+                if "ids" in kept:
+                    ids = kept["ids"].clone()
+                    ids[..., 1] += slot * height
+                    keys.append(_apply_rope1(kept["keys"][m : m + 1, :, words:], network.pe_embedder(ids))[0])
+                elif refines:  # no patch is shown its keys before they have positions, so they are moved on
+                    on = torch.tensor([[[0.0, slot * height, 0.0]]])
+                    keys.append(_apply_rope1(k[m : m + 1, :, words : words + tokens], network.rope_embedder(on))[0])
+                else:
+                    keys.append(k[m, :, words:])
+                values.append(v[m, :, words : words + tokens])
+                unseen = torch.full((q.shape[2], tokens), -torch.inf)
+                unseen[words:, subjects[m]] = 0
+                hidden.append(unseen)
+            logits = q[n] @ torch.cat(keys, 1).transpose(1, 2) / q.shape[-1] ** 0.5 + torch.cat(hidden, 1)
+            painted.append((logits.softmax(-1) @ torch.cat(values, 1)).transpose(0, 1).flatten(1))
+        return torch.stack(painted)
 
     oracle = model.clone()
-    oracle.set_model_attn1_patch(attend_to_all)
-    expected, got = (
-        asked(oracle, x, states, [0]),
-        asked(attention.patch.with_shared_attention(model, masks, 0.0, 1.0), x, states, [0]),
-    )
-    assert (expected - asked(model, x, states, [0])).abs().max() > 1e-3
-    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    oracle.set_model_attn1_patch(before_positions)
+    oracle.set_model_post_input_patch(places)
+    oracle.model_options["transformer_options"]["optimized_attention_override"] = attend_to_all
+    return oracle
+
+
+def test_words_that_fill_up_a_caption_stay_hidden(attention):
+    """The mask over a picture's own keys, beside the subjects of the others."""
+    q, k, v = (numbers(2, 12, 8, seed=s) for s in (1, 2, 3))
+    mask = torch.zeros(2, 1, 12)
+    mask[:, :, 1] = -torch.inf
+
+    def attend(q, k, v, mask):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    got = attention.shared.shared(attend, q, k, v, [torch.tensor([2, 5])] * 2, text=3, mask=mask)
+    short = [t[:, [i for i in range(12) if i != 1]] for t in (q, k, v)]
+    expected = attention.shared.shared(plain, *short, [torch.tensor([2, 5])] * 2, text=2)
+    assert (got[:, [i for i in range(12) if i != 1]] - expected).abs().max() <= 1e-6
 
 
 def test_another_override_is_asked_too(attention, small_models):
