@@ -7,6 +7,8 @@ import comfy.model_management
 import pytest
 import torch
 
+from harness.allocated import peak
+
 
 @pytest.fixture
 def trainer(pack, bridge):
@@ -26,18 +28,6 @@ def trainer(pack, bridge):
             )  # fmt: skip
 
         yield make
-
-
-def peak(work) -> int:
-    """Most bytes alive at once of all that `work` allocates, from the allocator's own record."""
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        work()
-    alive = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            most = max(most, alive)
-    return most
 
 
 def test_remembered_counts_what_backward_needs(pack):

@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 
+from harness.allocated import peak
 from harness.small_nets import load, numbers
 
 PICTURES, SHARES, WIDTHS = (2, 3, 4, 8), (0.0, 0.1, 0.5, 1.0), (40, 64, 128)
@@ -71,6 +72,20 @@ def test_moving_a_key_is_placing_it_elsewhere(attention):
     place = EmbedND(dim=32, theta=10000, axes_dim=widths)
     here, there = (_apply_rope1(keys, place(positions + torch.tensor(by))) for by in ([0.0, 0, 0], [0.0, 64, 3]))
     assert (attention.shared.moved(here, [0.0, 64.0, 3.0], widths, 10000) - there).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("count, share", [(4, 0.1), (4, 0.5), (8, 0.3)])
+def test_memory_grows_with_what_is_seen(attention, count, share):
+    """Over each picture by itself: what is gathered, and one picture's keys beside it; never a set of pictures for each picture."""
+    tokens, width = 1024, 64
+    q, k, v = (numbers(count, 4, tokens, width, seed=s) for s in (1, 2, 3))
+    subjects = [torch.arange(round(tokens * share))] * count
+    picture = k[0].nbytes
+    gathered = count * 2 * round(picture * share)
+    beside = 2 * picture * (1 + (count - 1) * share)
+    alone = peak(lambda: plain(q, k, v))
+    ours = peak(lambda: attention.shared.shared(plain, q, k, v, subjects, axis=2))
+    assert ours <= 1.1 * (alone + gathered + beside + q.nbytes)  # and the pictures before they are one tensor
 
 
 KINDS = ("SD1.5", "SDXL", "Pocket", "SD3.5", "FLUX.1", "FLUX.2", "Qwen-Image", "Z-Image")
