@@ -3,7 +3,7 @@ and what else was thought of, from 16 pictures that all show one object.
 
     python dev.py evidence nsync --screen                       every method, the demo's style, three seeds
     python dev.py evidence nsync                                four methods, three other styles, five fresh seeds
-    python dev.py evidence nsync --conditions style-1-clean style-1-captions --arms base plain "reference point, norm kept"
+    python dev.py evidence nsync --conditions style-1-clean style-1-captions --arms base plain paper
 
 Conditions: `style-N` has one object and the template as caption; `-captions` has complete captions; `-clean` has all eight objects.
 Each training is 200 steps of 8 pictures, whatever the method: equal pictures seen, equal rate, equal noise by seed.
@@ -47,6 +47,8 @@ ARMS = {  # values of the node, and a rule from `variants.py` with its arguments
 }
 # The methods of the node, and what the screen favours.
 CONFIRMED = ("base", "plain", "paper", "reference point", "bootstrapped")
+MORE = ("style-1-captions", "style-1-clean")  # what they say of the object as captions; pictures of all objects
+README = ("leak", "style", "style elsewhere", "shape followed", "KID", "CMMD")
 CLAIM = Claim(
     name="nsync",
     about=__doc__,
