@@ -28,7 +28,6 @@ ARMS = {
 }
 STYLE, SEEDS = 1, (1, 2, 3)  # of the demo; seed 0 was for choosing it
 CONDITION = f"style-{STYLE}"
-README = ("style", "leak", "style elsewhere", "shape followed")
 CLAIM = Claim(
     name="learn_style",
     about=__doc__,

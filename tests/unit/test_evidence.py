@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from evidence import held_out, learn_style, toy_style
+from evidence import held_out, learn_style, nsync, toy_style
 from harness import claim as claims
 from harness.boot import ROOT
 from harness.claim import Claim, Plan
@@ -38,8 +38,25 @@ def toy(asked: list):
     return measure
 
 
-def test_the_readmes_table_comes_from_the_results(pack):
-    assert claims.table(learn_style.CLAIM, (learn_style.CONDITION,), learn_style.README, learn_style.SEEDS) in README
+def test_the_readmes_table_of_methods_comes_from_the_results(pack):
+    plan = nsync.CLAIM.confirm
+    assert claims.table(nsync.CLAIM, plan.conditions, nsync.README, plan.seeds) in README
+    found = claims.records(nsync.CLAIM, plan.conditions, plan.seeds)
+    assert set(found) == set(plan.arms) and all(len(runs) == 15 for runs in found.values())
+    paper, plain = (mean(found[arm], "style elsewhere") for arm in ("paper", "plain"))
+    assert f"in {paper} of the pictures instead of {plain}" in " ".join(README.split())
+    rules = {r["arm"] for r in claims.read(nsync.CLAIM, "style-1") if r["seed"] in nsync.CLAIM.screen.seeds}
+    assert rules == set(nsync.ARMS) and f"None of the {len(rules)} rules" in README
+
+
+def mean(runs: dict, measure: str) -> str:
+    return f"{sum(m[measure] for m in runs.values()) / len(runs):.2f}"
+
+
+def test_what_captions_do_is_what_the_readme_says():
+    found = claims.records(learn_style.CLAIM, (learn_style.CONDITION,), learn_style.SEEDS)["plain, captions"]
+    said = ", ".join(f"{measure} {mean(found, measure)}" for measure in ("leak", "style elsewhere", "shape followed"))
+    assert said in " ".join(README.split())
 
 
 def test_the_readmes_table_of_held_out_styles_comes_from_the_results(pack):
