@@ -58,6 +58,7 @@ const STYLE = `
 class Run {
   training = true;
   finishing = false;
+  unfinished = false; // cancelled, or stopped by an error
   points = []; // {step, loss} as they were measured
   mean = []; // the same, smoothed
   step = 0;
@@ -96,6 +97,7 @@ class Run {
   /** Over without a result, or with one that went to another tab. */
   end(words) {
     this.training = false;
+    this.unfinished = words !== ENDINGS.execution_success;
     const where = this.step ? ` at step ${this.step} of ${this.steps}.` : ".";
     this.said = words === ENDINGS.execution_success ? words : words + where;
   }
@@ -146,7 +148,7 @@ class Curve {
     this.contrast.textContent = this.contrast.title = run?.training ? figures(run.stats) : "";
     this.finishing.hidden = !run?.training;
     this.finishing.disabled = !run?.step || run.finishing;
-    this.continuing.hidden = run?.training || !this.done;
+    this.continuing.hidden = run?.training || run?.unfinished || !this.done; // Run goes on with what was left unfinished
     this.continuing.title = `Set steps to ${this.done + MORE} and run: the training goes on where it was.`;
     if (run?.mean.length) this.plot(run);
   }

@@ -199,6 +199,13 @@ def test_a_training_is_continued(page, request):
     assert whole["line"] and "NaN" not in whole["line"] and not whole["dots"]
     assert page.raw.locator(CONTINUE).get_attribute("title").startswith(f"Set steps to {done + 400} ")
 
+    page.raw.evaluate(STEPS.replace(".value", f".value = {done + 5000}"))
+    page.raw.get_by_test_id("queue-button").first.click()
+    wait_for_curve(page, "curve.dots >= 2", timeout=60)
+    page.command("Comfy.Interrupt")
+    cancelled = wait_for_curve(page, "/^Cancelled at step/.test(curve.status)", timeout=60)
+    assert not cancelled["going"], "what is unfinished goes on by Run, and not from the result before it"
+
 
 @pytest.mark.parametrize("page", ["classic"], indirect=True)
 def test_steps_that_come_from_another_node_are_left_to_it(page):
