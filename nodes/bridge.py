@@ -465,7 +465,7 @@ def fingerprint(thing) -> str:
         for t in getattr(patch, "buffers", tuple)():
             digest.update(_bytes(t))
     patched = (getattr(patcher, part, None) for part in ("model_options", "wrappers", "injections"))
-    digest.update(b"".join(_described(part, set()) for part in patched))
+    digest.update(b"".join(_described(part, {}) for part in patched))
     digest.update(str(getattr(thing, "layer_idx", None)).encode())
     for part in getattr(getattr(thing, "tokenizer", None), "__dict__", {}).values():
         lookup = getattr(part, "_try_get_embedding", None)
@@ -477,16 +477,17 @@ def fingerprint(thing) -> str:
     return digest.hexdigest()[:12]
 
 
-def _described(thing, seen: set[int]) -> bytes:
+def _described(thing, seen: dict[int, object]) -> bytes:
     """What tells one patch from another after a restart: functions by name and by what they enclose, objects by class and public
-    attributes. Nothing for what is empty; models inside a patch only by their kind, as their weights move while they are used."""
+    attributes. Nothing for what is empty; models inside a patch only by their kind, as their weights move while they are used. `seen` keeps what was seen alive, so that
+    nothing new can have its id."""
     if isinstance(thing, torch.Tensor):
         return hashlib.sha256(thing.detach().float().cpu().clone().numpy().tobytes()).digest()
     if isinstance(thing, (bool, int, float, str, torch.device, torch.dtype)):
         return f"{thing!r};".encode()
     if thing is None or id(thing) in seen:
         return b""
-    seen.add(id(thing))
+    seen[id(thing)] = thing
     if isinstance(thing, dict):
         parts = sorted((str(k).encode(), _described(v, seen)) for k, v in thing.items())
         return b"".join(k + v for k, v in parts if v)

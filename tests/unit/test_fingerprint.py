@@ -121,6 +121,22 @@ def test_patches_of_attention_and_guidance_change_the_fingerprint(bridge, build,
     assert len(set(prints)) == len(prints) and again == prints[1:]
 
 
+def test_many_patches_are_told_apart_every_time(bridge, build):
+    """Each encloses things that are made and thrown away while it is read."""
+
+    def times(factor: float):
+        return lambda h, options: h * factor
+
+    def fingerprint(last: float) -> str:
+        model = build.sd15_model()
+        for factor in (*range(40), last):
+            model.set_model_attn1_output_patch(times(factor))
+        return bridge.fingerprint(model)
+
+    with torch.inference_mode():
+        assert len({fingerprint(1.0) for _ in range(5)}) == 1 and len({fingerprint(x) for x in (1.0, 2.0, 3.0)}) == 3
+
+
 @pytest.fixture
 def attention_patches(pack):
     from comfy_extras import nodes_freelunch, nodes_pag
