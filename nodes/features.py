@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from ..training import inception
 from ..training.features import Extractor
 from . import pocket_models
-from .bridge import fingerprint
+from .identity import fingerprint
 from .pocket import pocket_size
 
 CATEGORY = "Counterpoint/metrics"

@@ -24,7 +24,8 @@ from ..training import artefact
 from ..training.loop import Progress
 from ..training.run import Run, config_hash
 from ..training.sheet import sheet
-from .bridge import Conditioning, check_belong_together, fingerprint, native_size, unknown_words
+from .bridge import Conditioning, check_belong_together, native_size, unknown_words
+from .identity import fingerprint
 from .progress import Reporter
 
 CATEGORY = "Counterpoint/dataset"

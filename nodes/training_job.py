@@ -30,13 +30,13 @@ from .bridge import (
     ComfyDenoiser,
     check_trainable,
     family,
-    fingerprint,
     plain,
     private_clip,
     private_model,
     training_mode,
 )
 from .generate import Recipe, sample
+from .identity import fingerprint
 from .progress import Reporter
 from .training_inputs import RECOMMENDED
 

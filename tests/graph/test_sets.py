@@ -98,7 +98,7 @@ def test_a_set_is_pictures_texts_and_a_manifest(graph, folders):
 
 
 def test_the_manifest_says_which_models_painted(graph, folders, pack):
-    run, fingerprint = graph(generate()), pack.nodes.bridge.fingerprint
+    run, fingerprint = graph(generate()), pack.nodes.identity.fingerprint
     manifest = json.loads((folders / "output" / "mine" / "manifest.json").read_text())
     assert {fingerprint(run.value("1", slot)) for slot in range(3)} <= {str(v) for v in manifest.values()}
 

@@ -10,6 +10,11 @@ def bridge(pack):
 
 
 @pytest.fixture
+def identity(pack):
+    return pack.nodes.identity
+
+
+@pytest.fixture
 def build(small_models):
     """Builders of small models, called as the executor calls a loader: under inference mode."""
 

@@ -109,10 +109,10 @@ def test_a_lora_changes_the_same_layers_in_every_precision(bridge, family, prepa
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_has_a_fingerprint_of_its_own(bridge, family, precision):
+def test_every_precision_has_a_fingerprint_of_its_own(identity, family, precision):
     with torch.inference_mode():
-        one, same, other = (bridge.fingerprint(family.model(seed=seed, precision=precision)) for seed in (0, 0, 1))
-        assert one == same and len({one, other, bridge.fingerprint(family.model(precision="fp32"))}) == 3
+        one, same, other = (identity.fingerprint(family.model(seed=seed, precision=precision)) for seed in (0, 0, 1))
+        assert one == same and len({one, other, identity.fingerprint(family.model(precision="fp32"))}) == 3
 
 
 @pytest.mark.parametrize("precision, rounding", [("bf16", 0.03), ("fp8", 0.4), ("scaled fp8", 0.4)])

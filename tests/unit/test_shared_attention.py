@@ -145,13 +145,13 @@ def test_pictures_change_together(model, patched):
     assert asked(model, x, states, [0]).equal(before)
 
 
-def test_what_it_does_is_part_of_the_models_identity(bridge, model, patched):
+def test_what_it_does_is_part_of_the_models_identity(identity, model, patched):
     """So that a set painted without it is not taken for one painted with it."""
     x, states = given(model, 2)
     shared = patched(block(2))
-    before = bridge.fingerprint(shared)
+    before = identity.fingerprint(shared)
     asked(shared, x, states, [0])
-    assert before == bridge.fingerprint(shared) != bridge.fingerprint(model)
+    assert before == identity.fingerprint(shared) != identity.fingerprint(model)
 
 
 def test_a_single_picture_is_painted_as_without(model, patched):
