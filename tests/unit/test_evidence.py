@@ -49,14 +49,32 @@ def test_the_readmes_table_of_methods_comes_from_the_results(pack):
     assert rules == set(nsync.ARMS) and f"None of the {len(rules)} rules" in README
 
 
-def mean(runs: dict, measure: str) -> str:
-    return f"{sum(m[measure] for m in runs.values()) / len(runs):.2f}"
+def mean(runs: dict, measure: str, digits: int = 2) -> str:
+    return f"{sum(m[measure] for m in runs.values()) / len(runs):.{digits}f}"
 
 
 def test_what_captions_do_is_what_the_readme_says():
     found = claims.records(learn_style.CLAIM, (learn_style.CONDITION,), learn_style.SEEDS)["plain, captions"]
     said = ", ".join(f"{measure} {mean(found, measure)}" for measure in ("leak", "style elsewhere", "shape followed"))
     assert said in " ".join(README.split())
+
+
+def test_what_negatives_add_to_captions_and_to_many_objects_is_what_the_readme_says(pack):
+    said = " ".join(README.split())
+    captions, clean = (claims.records(nsync.CLAIM, (c,), nsync.CLAIM.confirm.seeds) for c in nsync.MORE)
+    assert all(len(runs) == 5 for found in (captions, clean) for runs in found.values())
+
+    def both(found: dict, measure: str, digits: int = 2) -> str:
+        return " and ".join(f"{float(mean(found[arm], measure, 9)):.{digits}f}" for arm in ("plain", "paper"))
+
+    for measure, digits in (("leak", 2), ("style elsewhere", 2), ("KID", 1)):
+        assert f"{measure} {both(captions, measure, digits)}" in said
+    assert f"clean by themselves (leak {both(clean, 'leak')})" in said
+    plain, paper = both(clean, "style elsewhere").split(" and ")
+    assert f"in {paper} instead of {plain}" in said
+    found = claims.differences(clean, "paper", "plain", "style elsewhere")
+    low, high = pack.training.intervals.bootstrap(found)
+    assert f"(difference {sum(found) / len(found):+.3f}, {low:+.3f} to {high:+.3f})" in said
 
 
 def test_the_readmes_table_of_held_out_styles_comes_from_the_results(pack):
