@@ -33,7 +33,7 @@ def picture_inputs(learns: str) -> list:
             default="plain",
             tooltip="plain: textual inversion, negatives (0 of them needed) are not used. paper: NSYNC as published, g+ minus its part along g-. "
             "reference point: the negative gradient is taken where the word began and removed where both agree. recommended: what did "
-            "best in our measurements, at present plain; the report says what was taken.",
+            "best in 105 measured runs: plain with captions, paper where there are negatives and 1 sentence for all; the report says which.",
         ),
         io.Float.Input(
             "strength",

@@ -41,7 +41,6 @@ from .progress import Reporter
 from .training_inputs import RECOMMENDED
 
 CAPTIONED = {"template": "the template", "caption": "its caption", "dropout": "its caption or the template"}
-BEST = "plain"  # what `recommended` takes, with captions where there are some: evidence/learn_style
 CURVE_POINTS = 500
 TEMPLATE = f"The template needs {TOKEN} once, as in 'a picture in the style of {TOKEN}'."
 
@@ -103,8 +102,11 @@ class Job:
         self.family = family(model)
         own = {"steps": self.family.steps, "size": self.family.size, **self.own_values()}
         self.values = values | {k: v for k, v in own.items() if not values[k]}
-        if values["method"] == RECOMMENDED:
-            self.values["method"] = BEST
+        if (
+            values["method"] == RECOMMENDED
+        ):  # evidence/nsync: captions leave negatives nothing to do, one sentence for all does not
+            one_sentence = values["caption_use"] == "template" or not captions
+            self.values["method"] = "paper" if negatives and one_sentence else "plain"
         values, self.pixels = self.values, self.values["size"]
         self.images = [picture for batch in images for picture in batch.split(1)]
         self.negatives = [picture for batch in negatives for picture in batch.split(1)] if negatives else []

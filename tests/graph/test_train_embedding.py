@@ -164,6 +164,9 @@ def test_recommended_is_a_method_by_its_name(graph):
     taken = graph(prompt(method="recommended", run="taken"))
     assert "plain on SD 1.5" in taken.value("4", 2)
     assert vectors(taken).equal(vectors(graph(prompt(method="plain", run="plain"))))
+    sentence = graph(prompt(method="recommended", captions=None, run="one-sentence"))
+    assert "paper on SD 1.5" in sentence.value("4", 2)
+    assert vectors(sentence).equal(vectors(graph(prompt(method="paper", captions=None, run="paper"))))
 
 
 def test_mirror_learns_from_both_sides(graph, given):

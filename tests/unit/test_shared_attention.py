@@ -124,8 +124,8 @@ def given(model, count, seed=1, height=16, width=24):
 
 @pytest.fixture
 def patched(attention, model):
-    def patched(masks=None, start=0.0, end=1.0):
-        return attention.patch.with_shared_attention(model, masks, start, end)
+    def patched(masks=None, start=0.0, end=1.0, **more):
+        return attention.patch.with_shared_attention(model, masks, attention.patch.How(start, end, **more))
 
     return patched
 
@@ -190,15 +190,15 @@ def test_a_mask_for_each_or_one_for_all(model, patched):
 def test_another_architecture_is_refused_by_name(attention, model):
     strange = model.clone()
     strange.model = types.SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="does not know Linear: use SD 1.5"):
-        attention.patch.with_shared_attention(strange, None, 0.0, 1.0)
+    with pytest.raises(ValueError, match="with Linear: use SD 1.5"):
+        attention.patch.with_shared_attention(strange)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count, positions", [(2, "below"), (3, "below"), (3, "reference"), (3, "in place")])
 @pytest.mark.parametrize("name", ["SD3.5", "FLUX.1", "FLUX.2", "Qwen-Image", "Z-Image"])
-def test_a_network_with_words_is_the_papers_dense_mask(attention, small_models, name, count):
+def test_a_network_with_words_is_the_papers_dense_mask(attention, small_models, name, count, positions):
     """Whole networks against one that attends to all pictures at once, through a mask over every key. Where positions are rotary, the
-    others' are those of a canvas on which they lie one below the other."""
+    others' are those of a canvas on which they lie one below the other; or of reference pictures; or their own."""
     with torch.inference_mode():
         model = small_models.families.FAMILIES[name].model()
         load(model)
@@ -207,15 +207,18 @@ def test_a_network_with_words_is_the_papers_dense_mask(attention, small_models, 
     for n in range(count):
         masks[n, 4 + 6 * n : 16 + 6 * n, 10:30] = 1
     height, width = (-(-side // network.patch_size) for side in x.shape[-2:])
-    oracle = dense_network(model, attention.shared.subject_tokens(masks, height, width), height, width)
-    shared = attention.patch.with_shared_attention(model, masks, 0.0, 1.0)
+    index = {"FLUX.2": 10.0}.get(name, 1.0)
+    axis, by = {"below": (1, float(height)), "reference": (0, index), "in place": (0, 0.0)}[positions]
+    oracle = dense_network(model, attention.shared.subject_tokens(masks, height, width), height, width, axis, by)
+    shared = attention.patch.with_shared_attention(model, masks, attention.patch.How(positions=positions))
     expected, got, alone = (asked(m, x, states, [0]) for m in (oracle, shared, model))
     assert (expected - alone).abs().max() > 1e-3
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def dense_network(model, subjects, height, width):
-    """A clone whose attention is written out; what it needs of positions it takes from the network itself."""
+def dense_network(model, subjects, height, width, axis, by):
+    """A clone whose attention is written out; what it needs of positions it takes from the network itself. Each neighbour lies `by`
+    further along an axis of them."""
     from comfy.ldm.flux.math import _apply_rope1
 
     network, tokens, count, kept = model.model.diffusion_model, height * width, len(subjects), {}
@@ -242,10 +245,11 @@ def dense_network(model, subjects, height, width):
                 m = (n - slot) % count
                 if "ids" in kept:
                     ids = kept["ids"].clone()
-                    ids[..., 1] += slot * height
+                    ids[..., axis] += slot * by
                     keys.append(_apply_rope1(kept["keys"][m : m + 1, :, words:], network.pe_embedder(ids))[0])
                 elif refines:  # no patch is shown its keys before they have positions, so they are moved on
-                    on = torch.tensor([[[0.0, slot * height, 0.0]]])
+                    on = torch.zeros(1, 1, 3)
+                    on[..., axis] = slot * by
                     keys.append(_apply_rope1(k[m : m + 1, :, words : words + tokens], network.rope_embedder(on))[0])
                 else:
                     keys.append(k[m, :, words:])
@@ -292,6 +296,6 @@ def test_another_override_is_asked_too(attention, small_models):
 
     first = model.clone()
     first.model_options["transformer_options"]["optimized_attention_override"] = listen
-    alone, both = (attention.patch.with_shared_attention(m, block(2), 0.0, 1.0) for m in (model, first))
+    alone, both = (attention.patch.with_shared_attention(m, block(2)) for m in (model, first))
     assert asked(alone, x, states, [0]).equal(asked(both, x, states, [0])) and heard
     assert model.model_options["transformer_options"].get("optimized_attention_override") is None
