@@ -219,10 +219,10 @@ class UNetSharing(Sharing):
         self.before = {place: patch for place, patch in taken.items() if place[:2] in attends}
         for place in {*attends, *self.before}:  # a block, or one of its layers
             clone.set_model_attn1_replace(self, *place)
-        if self.masks is None:
-            options = clone.model_options["transformer_options"]
-            options[OVERRIDE] = Reader(options.get(OVERRIDE))
+        options = clone.model_options["transformer_options"]  # a compiled model cannot do without what once was there
+        options[OVERRIDE] = Reader(options.get(OVERRIDE), self.masks is None)
 
+    @torch.compiler.disable  # core drops every guard on options, so a compiled graph would keep the first step's masks
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> torch.Tensor:
         layer, told = (*options["block"], options["block_index"]), {**options, OWN: True}
         before = self.before.get(layer) or self.before.get(layer[:2])
@@ -242,13 +242,15 @@ class UNetSharing(Sharing):
 class Reader:
     """Reads a UNet's cross-attention on its way; whoever stood in the place of attention before is asked as ever."""
 
-    def __init__(self, before):
-        self.before = before
+    def __init__(self, before, reads: bool):
+        self.before, self.reads = before, reads
 
+    @torch.compiler.disable
     def __call__(self, function, q, k, v, heads, *args, **more) -> torch.Tensor:
         options = more["transformer_options"]
         sampling = options.get(KEY)
-        if sampling is not None and sampling.names and not options.get(OWN) and "activations_shape" in options:
+        late = options.get("block", ("",))[0] == "output"  # where it is known what will be where: see subject.py
+        if self.reads and late and sampling is not None and sampling.names and not options.get(OWN):
             inside = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k)]
             sampling.read(*inside, options, tuple(options["activations_shape"][-2:]), attention_to)
         if self.before is not None:
@@ -290,6 +292,7 @@ class JointSharing(Sharing):
         grid = tuple(-(-side // self.patch) for side in x.shape[-2:])
         return executor(x, t, c_concat, c_crossattn, control, {**(transformer_options or {}), GRID: grid}, **conds)
 
+    @torch.compiler.disable
     def __call__(
         self, function, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask=None, **more
     ) -> torch.Tensor:
@@ -305,11 +308,12 @@ class JointSharing(Sharing):
         images = -(grid[0] * grid[1] // -self.multiple) * self.multiple  # they may be filled up
         words = q.shape[axis] - images - sum(options.get("reference_image_num_tokens") or ())
         sampling = options.get(KEY)
-        if self.masks is None and sampling is not None and sampling.names and words > 0:
+        late = self._late(options)
+        if late and self.masks is None and sampling is not None and sampling.names:
             inside = [x if axis == 2 else x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k)]
             seen = inside[0].narrow(2, words, grid[0] * grid[1])
             sampling.read(seen, inside[1][:, :, :words], options, grid, attention_to, from_end=self.ends)
-        if self.pictures(len(q), options) == 1 or not self.active(options) or not self._late(options):
+        if self.pictures(len(q), options) == 1 or not self.active(options) or not (late or self.how.layers == "all"):
             return attention(q, k, v)
         if options.get("reference_image_num_tokens") or (mask is not None and mask.shape[-2] != 1):
             raise ValueError(
@@ -327,8 +331,6 @@ class JointSharing(Sharing):
         return self.of_sets(attention, q, k, v, options, grid, mask, text=words, axis=axis, place=elsewhere, **inside)
 
     def _late(self, options: dict) -> bool:
-        if self.how.layers == "all":
-            return True
         before = self.double if options.get("block_type") == "single" else 0
         return before + options["block_index"] >= self.blocks / 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
+from comfy.text_encoders.flux import Flux2Tokenizer
 
 from ..bridge import encoder_module
 
@@ -13,16 +14,24 @@ LENGTH = "counterpoint_subject_length"  # of the text that these places are in
 
 
 def name_subject(conditioning: list, clip, prompts: list[str], subject: str) -> list:
-    """The conditioning of `prompts`, one row each, that knows where its words name the subject. Raises ValueError where none do."""
+    """The conditioning of `prompts`, one row each, filled up to one length, that knows where its words name the subject. Raises
+    ValueError where none do."""
     (states, facts), *more = conditioning
-    found = [subject_words(clip, prompt, subject, states.shape[1]) for prompt in prompts]
+    length = states.shape[1]
+    alike = len({sum(map(len, sections)) for p in prompts for sections in [*clip.tokenize(p).values()][-1:]}) == 1
+    found = []
+    for prompt in prompts:
+        own = length if alike else clip.encode_from_tokens(clip.tokenize(prompt)).shape[1]
+        places, named = subject_words(clip, prompt, subject, own)
+        in_front = length - own if isinstance(clip.tokenizer, Flux2Tokenizer) else 0  # others are filled up behind
+        found.append((places + in_front, named))
     for prompt, (_, named) in zip(prompts, found, strict=True):
         if not named.any():
             raise ValueError(
                 f"The prompt {prompt!r} does not name the subject {subject!r}: write the same words in both, as in 'a red fox in the snow' "
                 "and 'red fox'."
             )
-    return [[states, {**facts, SUBJECT: found, LENGTH: states.shape[1]}], *more]
+    return [[states, {**facts, SUBJECT: found, LENGTH: length}], *more]
 
 
 def subject_words(clip, prompt: str, subject: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -299,3 +299,47 @@ def test_another_override_is_asked_too(attention, small_models):
     alone, both = (attention.patch.with_shared_attention(m, block(2)) for m in (model, first))
     assert asked(alone, x, states, [0]).equal(asked(both, x, states, [0])) and heard
     assert model.model_options["transformer_options"].get("optimized_attention_override") is None
+
+
+def kernels() -> dict:
+    from comfy.ldm.modules.attention import REGISTERED_ATTENTION_FUNCTIONS, attention_basic
+
+    return {**REGISTERED_ATTENTION_FUNCTIONS, "basic": attention_basic}
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize("split", [False, True], ids=["heads inside", "heads apart"])
+def test_every_kernel_of_core_gives_the_same_without_a_mask(attention, comfy, caplog, weight, split):
+    """Those that can be imported here; a weight is no mask either."""
+    q, k, v = (numbers(3, 2, 20, 40, seed=s) for s in (1, 2, 3))
+    subjects = [torch.tensor([1, 4, 7]), torch.tensor([], dtype=torch.long), torch.arange(20)]
+    expected = weighted_dense(q, k, v, subjects, weight)
+    given_masks = []
+    for name, kernel in kernels().items():
+
+        def attend(q, k, v, mask=None, kernel=kernel):
+            given_masks.append(mask)
+            return kernel(q, k, v, 2, mask=mask, skip_reshape=split)
+
+        inputs = (q, k, v) if split else [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
+        way = {"axis": 2} if split else {"axis": 1, "heads": 2}
+        got = attention.shared.shared(attend, *inputs, subjects, weight=weight, **way)
+        assert (got - expected).abs().max() <= 1e-5, name
+    assert len(kernels()) >= 4 and given_masks == [None] * len(given_masks) and not caplog.records
+
+
+def weighted_dense(q, k, v, subjects, weight):
+    """(N, tokens, heads * width), each picture against every key of the set, in double precision."""
+    count, _, tokens, width = q.shape
+    q, keys, values = q.double(), k.double(), v.double()
+    painted = []
+    for n in range(count):
+        weights = torch.zeros(count, tokens, dtype=torch.float64)
+        for m in range(count):
+            weights[m, subjects[m]] = weight
+        weights[n] = 1.0
+        logits = torch.einsum("hqd,mhkd->hqmk", q[n], keys) / width**0.5
+        shares = logits.exp() * weights
+        shares = shares / shares.sum((-2, -1), keepdim=True)
+        painted.append(torch.einsum("hqmk,mhkd->qhd", shares, values).flatten(1))
+    return torch.stack(painted)

@@ -135,7 +135,7 @@ def test_a_blob_is_found_and_a_flat_map_shows_nothing(subject, noise):
     truth = torch.zeros(16, 16)
     truth[4:12, 6:14] = 1
     fine = torch.stack([0.1 + 0.4 * truth, torch.full((16, 16), 0.2)])
-    maps = subject.SubjectMaps(spread=0)
+    maps = subject.SubjectMaps()
     assert maps.masks() is None
     for layer in range(4):
         maps.add((fine + noise * numbers(2, 16, 16, seed=layer) * (fine > 0.2)).flatten(1), (16, 16))
@@ -167,3 +167,47 @@ def test_attention_to_the_subject_is_a_share_of_the_real_words(subject):
             weights = [torch.tensor(logit).exp() for logit in logits]
             shares.append(float(sum(itertools.compress(weights, named)) / sum(weights)))
         assert float(got[token]) == pytest.approx(sum(shares) / 2, abs=1e-6)
+
+
+def test_masks_grow_with_their_size(subject):
+    """One token of 64, none of 16."""
+    for side, grown in ((16, 0), (64, 1), (128, 2)):
+        maps, dot = subject.SubjectMaps(), torch.zeros(1, side, side)
+        dot[0, 8, 8] = 1
+        maps.add(dot.flatten(1), (side, side))
+        maps.close_step()
+        assert maps.masks().sum() == (2 * grown + 1) ** 2
+
+
+def test_the_network_sees_the_object_where_it_is(pack, comfy):
+    """Pictures of the world, whose masks are exact, half noised: every word that describes the object, read in the second half."""
+    world, models, attention = pack.training.pocket, pack.nodes.pocket_models, pack.nodes.attention
+    scenes = world.world.sample_scenes(24, 77)
+    shapes = [world.grammar.words("shape", int(s)) for s in scenes.shape]
+    said = [(world.grammar.content(scenes, i), world.grammar.factor_words(scenes.combination(i))) for i in range(24)]
+    prompts = [", ".join(each) for each in said]
+    clip, painted = models.load_clip(), world.painter.paint(scenes)
+    with torch.inference_mode():
+        latents = models.load_vae().encode(painted.image.movedim(1, -1))
+        found = [
+            seen_in(attention, models, clip, *each) for each in zip(prompts, shapes, latents.split(1), strict=True)
+        ]
+    truth = torch.nn.functional.adaptive_avg_pool2d(painted.mask[:, None].float(), 16)[:, 0] > 0.3
+    found = torch.cat(found).bool()
+    shared = (found & truth).flatten(1).sum(1) / (found | truth).flatten(1).sum(1)
+    assert shared.mean() > 0.6
+
+
+def seen_in(attention, models, clip, prompt: str, shape: str, latents: torch.Tensor) -> torch.Tensor:
+    """One step from half-way, without sharing; (1, 16, 16)."""
+    import comfy.sample
+
+    positive = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+    described = prompt[: prompt.index(shape) + len(shape)].split(" ", 1)[1]
+    positive = attention.words.name_subject(positive, clip, [prompt], described)
+    model = attention.patch.with_shared_attention(models.load_model(), None, attention.patch.How(strength=0.0))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    made = comfy.sample.sample(
+        model, noise, 1, 1.0, "euler", "normal", positive, positive, latents, denoise=0.5, disable_pbar=True, seed=1
+    )
+    return attention.patch.found_masks(model, made)
