@@ -13,16 +13,20 @@ from . import (
     dataset,
     embedding,
     features,
+    filter_set,
     generate,
     guidance,
+    image_sets,
     inspect_dataset,
     metrics,
     pocket,
     progress,
+    prompts,
     similarity,
     snapshots,
     train_embedding,
     train_lora,
+    views,
 )
 
 FAMILIES = (
@@ -31,6 +35,8 @@ FAMILIES = (
     caption,
     inspect_dataset,
     generate,
+    image_sets,
+    filter_set,
     train_embedding,
     train_lora,
     embedding,
@@ -41,7 +47,9 @@ FAMILIES = (
     metrics,
     similarity,
     guidance,
+    prompts,
     attention,
+    views,
 )
 
 
@@ -50,7 +58,7 @@ class Counterpoint(ComfyExtension):
         progress.register_routes()
         words = Path(__file__).resolve().parents[1] / "models" / "embeddings"  # found after the user's own
         folder_paths.add_model_folder_path("embeddings", str(words))
-        for name in (features.FOLDER, caption.FOLDER):
+        for name in (features.FOLDER, caption.FOLDER, filter_set.FOLDER):
             folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

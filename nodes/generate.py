@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import comfy.k_diffusion.sampling
@@ -20,13 +20,18 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..training import artefact
+from ..training import artefact, image_sets
+from ..training.folder import MASK
 from ..training.loop import Progress
 from ..training.run import Run, config_hash
 from ..training.sheet import sheet
-from .bridge import Conditioning, check_belong_together, native_size, unknown_words
+from .attention.patch import KEY as SHARING
+from .attention.patch import found_masks
+from .attention.words import name_subject
+from .bridge import Conditioning, check_belong_together, native_size
 from .identity import fingerprint
 from .progress import Reporter
+from .prompts import check_words, encoded_alike, together
 
 CATEGORY = "Counterpoint/dataset"
 SHOWN = 16  # pictures on the node itself
@@ -47,6 +52,16 @@ class Recipe:
     scheduler: str
 
 
+@dataclass
+class Batch:
+    """Pictures that are painted at once."""
+
+    rows: list[int]  # of all pictures
+    positives: list  # a conditioning for each, or one with a row for each
+    recipe: Recipe
+    numbers: list[int]  # picture k starts from the noise of the recipe's seed + numbers[k]
+
+
 def set_folder(name: str, kind: str, config: dict) -> Path:
     """output/<name>; without a name output/<kind>-<hash>, so that changed settings make a new set."""
     root = Path(folder_paths.get_output_directory()).resolve()
@@ -56,21 +71,19 @@ def set_folder(name: str, kind: str, config: dict) -> Path:
     return folder
 
 
-def generate_set(model, clip, vae, prompts: list[str], recipe: Recipe, name: str, kind: str, batch: int = 0):
+def generate_set(
+    model, clip, vae, prompts: list[str], recipe: Recipe, name: str, kind: str, batch: int = 0,
+    sets: list[image_sets.ImageSet] | None = None,
+):  # fmt: skip
     """Paint what is not on disk yet; returns pictures (1, H, W, 3) in order, and the folder.
 
-    A picture depends on its prompt and its place in the list only, never on the batch it was painted in.
+    A picture depends on its prompt and its place in the list only, never on the batch it was painted in. Pictures of `sets`,
+    whose prompts follow each other, belong together: each set is painted in one batch, and whole, from its own seed.
     """
     if not prompts:
         raise ValueError("There are no prompts to paint: connect captions, or type one prompt per line.")
-    if unknown := unknown_words(clip, dict.fromkeys([*prompts, recipe.negative])):
-        raise ValueError(
-            f"The prompts say embedding:{unknown[0]}, and this CLIP does not know that word: connect Use Embedding with this name, or put "
-            "the word's file into models/embeddings."
-        )
-    encoded = {
-        p: clip.encode_from_tokens_scheduled(clip.tokenize(p)) for p in dict.fromkeys([*prompts, recipe.negative])
-    }
+    check_words(clip, [*prompts, recipe.negative])
+    encoded = _encoded(clip, [*prompts, recipe.negative])
     for (states, facts), *_ in encoded.values():
         check_belong_together(model, Conditioning(states, facts.get("pooled_output")))
     # What the prompts mean, rather than which CLIP reads them: a learned word may come from memory or from a file.
@@ -79,6 +92,7 @@ def generate_set(model, clip, vae, prompts: list[str], recipe: Recipe, name: str
         **asdict(recipe),
         "model": fingerprint(model),
         "vae": fingerprint(vae),
+        **({"sets": config_hash({"sets": [asdict(each) for each in sets]})[:16]} if sets else {}),
     }
     folder = set_folder(name, kind, config)
     if folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir()):
@@ -93,16 +107,45 @@ def generate_set(model, clip, vae, prompts: list[str], recipe: Recipe, name: str
                 len(prompts) - len(missing),
                 len(prompts),
             )
-        _paint(model, vae, prompts, encoded, recipe, files, missing, batch or _fitting_batch(model, recipe))
-        manifest = {
-            "recipe": asdict(recipe),
-            "model": config["model"],
-            "clip": fingerprint(clip),
-            "vae": config["vae"],
-            "pictures": [{"file": f.name, "prompt": p} for f, p in zip(files, prompts, strict=True)],
-        }
-        artefact.write_whole(run.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        if sets:
+            looks = model.get_attachment(SHARING) is not None
+            batches = _by_set(clip, prompts, encoded, recipe, sets, missing, looks)
+        else:
+            batches = _by_length(prompts, encoded, recipe, missing, batch or _fitting_batch(model, recipe))
+        _paint(model, vae, prompts, encoded[recipe.negative], files, batches, keep_masks=bool(sets))
+        _write_lists(run, config, clip, recipe, files, prompts, sets or [])
     return [read_picture(f) for f in files], folder
+
+
+def _write_lists(
+    run: Run, config: dict, clip, recipe: Recipe, files: list[Path], prompts: list[str], sets: list
+) -> None:
+    """manifest.json, and the metadata of SynCD where pictures belong together."""
+    pictures = [{"file": f.name, "prompt": p} for f, p in zip(files, prompts, strict=True)]
+    if sets:
+        of_each = [(n, each.object, scene) for n, each in enumerate(sets, 1) for scene in each.scenes]
+        for picture, facts in zip(pictures, of_each, strict=True):
+            picture.update(zip(("set", "object", "scene"), facts, strict=True))
+        names = [[p["file"] for p in pictures if p["set"] == n] for n in range(1, len(sets) + 1)]
+        told = json.dumps(image_sets.metadata(sets, names), indent=1)
+        artefact.write_whole(run.folder / "metadata.json", told.encode())
+    manifest = {
+        "recipe": asdict(recipe),
+        "model": config["model"],
+        "clip": fingerprint(clip),
+        "vae": config["vae"],
+        "pictures": pictures,
+    }
+    artefact.write_whole(run.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+def _encoded(clip, prompts: list[str]) -> dict:
+    """{prompt: conditioning}, each prompt once. Raises ComfyUI's interruption between two of them."""
+    encoded = {}
+    for prompt in dict.fromkeys(prompts):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        encoded[prompt] = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+    return encoded
 
 
 def _hash(prompts: list[str], encoded: dict) -> str:
@@ -128,6 +171,14 @@ def write_picture(file: Path, picture: torch.Tensor, caption: str) -> None:
     temporary.replace(file)
 
 
+def write_mask(file: Path, mask: torch.Tensor, shape: tuple[int, int]) -> None:
+    """(h, w) in 0..1 as a grey PNG of another shape (H, W)."""
+    scaled = torch.nn.functional.interpolate(mask[None, None].float().cpu(), tuple(shape), mode="bilinear")[0, 0]
+    temporary = file.with_name(f"{file.name}.tmp")
+    Image.fromarray((scaled.clamp(0, 1) * 255 + 0.5).to(torch.uint8).numpy()).save(temporary, format="PNG")
+    temporary.replace(file)
+
+
 def _fitting_batch(model, recipe: Recipe) -> int:
     """The largest of 16, 8, 4, 2, 1 pictures whose two halves fit in 60 % of the free memory."""
     free = comfy.model_management.get_free_memory(model.load_device)
@@ -139,30 +190,63 @@ def _fitting_batch(model, recipe: Recipe) -> int:
     return 1
 
 
-def _paint(
-    model, vae, prompts: list[str], encoded: dict, recipe: Recipe, files: list[Path], missing: list[int], batch: int
-) -> None:
+def _by_length(prompts: list[str], encoded: dict, recipe: Recipe, missing: list[int], batch: int) -> list[Batch]:
+    """Single pictures; only prompts of equal token length can share a batch."""
     groups: dict[int, list[int]] = {}
-    for i in missing:  # only prompts of equal token length can share a batch
+    for i in missing:
         groups.setdefault(encoded[prompts[i]][0][0].shape[1], []).append(i)
     batch = 1 if draws_noise(recipe.sampler) else batch
     batches = [rows[k : k + batch] for rows in groups.values() for k in range(0, len(rows), batch)]
-    reporter, finished = Reporter(len(batches) * recipe.steps), []
+    return [Batch(rows, [encoded[prompts[i]] for i in rows], recipe, rows) for rows in batches]
+
+
+def _by_set(
+    clip,
+    prompts: list[str],
+    encoded: dict,
+    recipe: Recipe,
+    sets: list[image_sets.ImageSet],
+    missing: list[int],
+    looks: bool,
+) -> list[Batch]:
+    """Sets of which a picture is missing, each whole. With `looks` the prompts say which of their words name the object, for
+    Shared Attention. Raises ValueError before anything is painted."""
+    batches, first, wanted = [], 0, set(missing)
+    for each in sets:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        rows = list(range(first, first := first + len(each.scenes)))
+        if wanted.isdisjoint(rows):
+            continue
+        texts = [prompts[i] for i in rows]
+        alike = len({encoded[p][0][0].shape[1] for p in texts}) == 1
+        positives = [encoded[p] for p in texts] if alike else encoded_alike(clip, texts)
+        if looks:
+            positives = [name_subject(together(positives), clip, texts, each.subject)]
+        batches.append(Batch(rows, positives, replace(recipe, seed=each.seed), list(range(len(rows)))))
+    return batches
+
+
+def _paint(model, vae, prompts: list[str], negative, files: list[Path], batches: list[Batch], keep_masks: bool) -> None:
+    steps = batches[0].recipe.steps if batches else 0
+    total = len(batches) * steps
+    reporter, finished = Reporter(total), []
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
-    for number, rows in enumerate(batches):
+    for number, batch in enumerate(batches):
 
-        def tell(step, x0, x, total, number=number):
+        def tell(step, x0, x, _, before=number * steps):
             preview = previewer.decode_latent_to_preview(x0) if previewer else None
-            reporter.update(Progress(number * recipe.steps + step + 1, len(batches) * recipe.steps, {}, 0, 0), preview)
+            reporter.update(Progress(before + step + 1, total, {}, 0, 0), preview)
 
-        latents = sample(model, [encoded[prompts[i]] for i in rows], encoded[recipe.negative], recipe, rows, tell)
+        latents = sample(model, batch.positives, negative, batch.recipe, batch.numbers, tell)
+        masks = found_masks(model, latents) if keep_masks else None
         pictures = vae.decode(latents).flatten(0, -4)  # a VAE of films (Qwen-Image) gives pictures of 1 frame
-        for i, picture in zip(rows, pictures, strict=True):
+        for k, (i, picture) in enumerate(zip(batch.rows, pictures, strict=True)):
+            if masks is not None and masks[k].any():  # where nothing was found the whole picture counts
+                write_mask(files[i].with_suffix(MASK), masks[k], picture.shape[:2])
             write_picture(files[i], picture, prompts[i])
         finished += [shrunk(picture) for picture in pictures[: SHOWN - len(finished)]]
         # The last preview stays on the node, so it shows what is done, not the last latents.
-        done = Progress((number + 1) * recipe.steps, len(batches) * recipe.steps, {}, 0, 0)
-        reporter.update(done, sheet([torch.stack(finished)], columns=4))
+        reporter.update(Progress((number + 1) * steps, total, {}, 0, 0), sheet([torch.stack(finished)], columns=4))
 
 
 def shrunk(picture: torch.Tensor, most: int = 256) -> torch.Tensor:
@@ -192,17 +276,8 @@ def draws_noise(sampler: str) -> bool:
     return function is not None and "noise_sampler" in inspect.signature(function).parameters
 
 
-def together(conditionings: list) -> list:
-    """Conditionings of equal length as one of B rows; only what concerns the whole prompt is joined."""
-    states = torch.cat([c[0][0] for c in conditionings])
-    facts = dict(conditionings[0][0][1])
-    if facts.get("pooled_output") is not None:
-        facts["pooled_output"] = torch.cat([c[0][1]["pooled_output"] for c in conditionings])
-    return [[states, facts]]
-
-
-def recipe_inputs() -> list:
-    """The inputs that Generate Set and its presets share, in order."""
+def recipe_inputs(seed: str = "Picture number i uses seed + i, counted from 0.") -> list:
+    """The inputs that Generate Set and its presets share, in order; `seed` says what the seed does."""
     size = "0 takes the model's own size: 128 for Pocket, 512 for SD 1.5, 1024 for SDXL."
     return [
         io.String.Input(
@@ -219,7 +294,7 @@ def recipe_inputs() -> list:
             min=0,
             max=2**53,
             control_after_generate=False,  # the same set again is taken from disk
-            tooltip="Picture number i uses seed + i, counted from 0.",
+            tooltip=seed,
         ),
         io.Int.Input(
             "steps", default=20, min=1, max=200, tooltip="Sampling steps per picture; 20 is enough for most models."
@@ -268,7 +343,7 @@ def set_outputs() -> list:
     ]
 
 
-def _recipe(model, v: dict) -> Recipe:
+def recipe_of(model, v: dict) -> Recipe:
     native = native_size(model)
     return Recipe(
         v["negative"],
@@ -282,7 +357,7 @@ def _recipe(model, v: dict) -> Recipe:
     )
 
 
-def _output(images, prompts, folder: Path) -> io.NodeOutput:
+def painted_set(images, prompts, folder: Path) -> io.NodeOutput:
     """The node shows its first pictures at once, from where they lie; other nodes may be long in coming."""
     place = folder.relative_to(Path(folder_paths.get_output_directory()).resolve()).as_posix()
     shown = [{"filename": f"{i:05d}.png", "subfolder": place, "type": "output"} for i in range(min(SHOWN, len(images)))]
@@ -320,9 +395,16 @@ class GenerateSet(io.ComfyNode):
             line.strip() for text in prompts for line in text.splitlines() if line.strip() for _ in range(per_prompt[0])
         ]
         images, folder = generate_set(
-            model[0], clip[0], vae[0], lines, _recipe(model[0], values), values["name"], "generate-set", values["batch"]
+            model[0],
+            clip[0],
+            vae[0],
+            lines,
+            recipe_of(model[0], values),
+            values["name"],
+            "generate-set",
+            values["batch"],
         )
-        return _output(images, lines, folder)
+        return painted_set(images, lines, folder)
 
 
 def template_fault(text: str | None) -> str:
@@ -386,12 +468,12 @@ class NegativeSet(io.ComfyNode):
             clip[0],
             vae[0],
             prompts,
-            _recipe(model[0], values),
+            recipe_of(model[0], values),
             values["name"],
             "negative-set",
             values["batch"],
         )
-        return _output(images, prompts, folder)
+        return painted_set(images, prompts, folder)
 
 
 NODES = [GenerateSet, NegativeSet]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 
 import torch
 from comfy_api.latest import io, ui
 
 from ..training.intervals import wilson
 from ..training.pocket import grammar
-from ..training.pocket.painter import paint
-from ..training.pocket.world import ATTRIBUTES, FACTORS, HELD_OUT, MEDIUMS, sample_scenes
+from ..training.pocket.painter import FOCAL, RAISED, eyes, paint
+from ..training.pocket.world import ATTRIBUTES, FACTORS, HELD_OUT, MEDIUMS, SIZE, Scenes, sample_scenes
 from . import pocket_models
+from .views.geometry import looking_at
 
 CATEGORY = "Counterpoint/start"
 ANY = "any"
+NEAREST, FARTHEST = 2.0, 12.0  # world units; white and black in a picture of depth
+WIDEST = 2.4  # object units from one end of a coordinate's colours to the other
 # What a style can be called in a menu: the ten named mediums, then the six that the grammar has no word for.
 STYLES = {**MEDIUMS, **{f"held out: {grammar.factor_words(c)}": c for c in HELD_OUT}}
 
@@ -129,6 +133,16 @@ class PocketPictures(io.ComfyNode):
                     is_output_list=True,
                     tooltip="Near is white, far is black, over 2 to 12 world units.",
                 ),
+                io.Load3DCamera.Output(
+                    display_name="cameras",
+                    is_output_list=True,
+                    tooltip="1 for each picture, in the frame of its object: with same_object, views of 1 object.",
+                ),
+                io.Image.Output(
+                    display_name="coordinates",
+                    is_output_list=True,
+                    tooltip="Which point of the object each pixel shows, as a colour: 1 colour, 1 point. Black beside it.",
+                ),
             ],
         )
 
@@ -151,14 +165,35 @@ class PocketPictures(io.ComfyNode):
         painting = [paint(scenes[i : i + 50]) for i in range(0, count, 50)]
         images = torch.cat([p.image for p in painting]).movedim(1, -1)
         masks = torch.cat([p.mask for p in painting])
-        depth = 1 - ((torch.cat([p.depth for p in painting]) - 2) / 10).clamp(0, 1)
+        depth = torch.cat([p.depth for p in painting])
+        depth = 1 - ((depth - NEAREST) / (FARTHEST - NEAREST)).clamp(0, 1)
         depth = depth[..., None].expand(-1, -1, -1, 3)
+        shown = right_handed(torch.cat([p.coordinates for p in painting]).movedim(1, -1)) / WIDEST + 0.5
+        shown = shown.clamp(0, 1) * (masks > 0.5)[..., None]
         return io.NodeOutput(
             [i[None] for i in images],
             [said(i) for i in range(count)],
             [m[None] for m in masks],
             [d[None].contiguous() for d in depth],
+            cameras(scenes),
+            [c[None] for c in shown],
         )
+
+
+def right_handed(points: torch.Tensor) -> torch.Tensor:
+    """(..., 3) of the painter, whose Z goes into the picture, as ComfyUI's cameras have it."""
+    return points * torch.tensor([1.0, 1.0, -1.0])
+
+
+def cameras(scenes: Scenes) -> list[dict]:
+    """LOAD3D_CAMERAs in units of each scene's object. What they call near and far is along the ray, as the depth is."""
+    positions, ways = map(right_handed, eyes(scenes))
+    whole = {"fullWidth": SIZE, "fullHeight": SIZE, "width": SIZE, "height": SIZE, "offsetX": 0, "offsetY": RAISED}
+    fov = 2 * math.degrees(math.atan(1 / FOCAL))
+    return [
+        looking_at(position, position + way, fov, NEAREST / scale, FARTHEST / scale, view=whole)
+        for position, way, scale in zip(positions, ways, scenes.scale.tolist(), strict=True)
+    ]
 
 
 class PocketJudge(io.ComfyNode):

@@ -16,6 +16,14 @@ def to_image(picture: torch.Tensor) -> Image.Image:
     return Image.fromarray((picture.clamp(0, 1) * 255 + 0.5).to(torch.uint8).movedim(0, -1).contiguous().cpu().numpy())
 
 
+def framed(picture: torch.Tensor, colour: tuple[int, int, int], width: int = 6) -> torch.Tensor:
+    """(3, H, W) in 0..1 with a border of `width` pixels painted over its edge."""
+    out = (torch.tensor(colour, dtype=picture.dtype) / 255)[:, None, None].expand_as(picture).clone()
+    inside = slice(width, -width)
+    out[:, inside, inside] = picture[:, inside, inside]
+    return out
+
+
 def sheet(
     rows: list[torch.Tensor], labels: list[str] | None = None, columns: int = 0, title: str = "", scale: int = 1
 ) -> Image.Image:

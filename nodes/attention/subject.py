@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...training.otsu import otsu
+
 
 def attention_to(q: torch.Tensor, k: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
     """(tokens,) in 0..1: the share of attention that words of the subject get from each image token, mean over heads.
@@ -19,20 +21,6 @@ def attention_to(q: torch.Tensor, k: torch.Tensor, subject: torch.Tensor) -> tor
     """
     logits = q.float() @ k.float().transpose(1, 2) / q.shape[-1] ** 0.5
     return logits.softmax(-1)[..., subject.to(q.device)].sum(-1).mean(0)
-
-
-def otsu(values: torch.Tensor) -> tuple[float, float]:
-    """The threshold between two classes of the values (n,) that parts them best (Otsu 1979), exactly, over all thresholds there are;
-    and the contrast of the two, (b - a) / (b + a) of their means, 0 where there is but one."""
-    ordered = values.double().sort().values
-    below = torch.arange(1, len(ordered), dtype=torch.float64, device=values.device)
-    sums = ordered.cumsum(0)
-    low, high = sums[:-1] / below, (sums[-1] - sums[:-1]) / (len(ordered) - below)
-    between = below * (len(ordered) - below) * (high - low) ** 2
-    if len(ordered) < 2 or not between.max() > 0:
-        return float(ordered[0]), 0.0
-    at = int(between.argmax())
-    return float((ordered[at] + ordered[at + 1]) / 2), float((high[at] - low[at]) / (high[at] + low[at]))
 
 
 class SubjectMaps:

@@ -1,7 +1,7 @@
 """Claim: Train Style LoRA learns a style from pictures that all show one object; what keeps the object out of it?
 
     python dev.py evidence learn_style_lora --screen       every arm, one seed
-    python dev.py evidence learn_style_lora                every arm, three fresh seeds
+    python dev.py evidence learn_style_lora                five of them, three fresh seeds
 
 The pictures, negatives and questions are those of `learn_style`; the node's defaults, trigger "picture". A LoRA strengthens the
 style by itself, so the same questions are asked at CFG 1.5 and, for comparison with words, at 4 ("strong").
@@ -22,16 +22,18 @@ ARMS = {
     "plain, captions": {"method": "plain", "caption_use": "caption"},
     "plain, captions, none empty": {"method": "plain", "caption_use": "caption", "empty": 0.0},
 }
+CONFIRMED = tuple(arm for arm in ARMS if arm != "reference point")
+README = ("style", "leak", "style elsewhere", "shape followed")
 KEPT = ("style", "leak", "style elsewhere", "shape followed")
 CFG = {"": 1.5, ", strong": 4.0}
 CLAIM = Claim(
     name="learn_style_lora",
     about=__doc__,
     screen=Plan((CONDITION,), tuple(ARMS), (0,)),
-    confirm=Plan((CONDITION,), tuple(ARMS), (1, 2, 3)),
+    confirm=Plan((CONDITION,), CONFIRMED, (1, 2, 3)),
     measures=tuple(measure + how for how in CFG for measure in KEPT),
     baseline="plain",
-    seconds=130,
+    seconds=230,
 )
 
 

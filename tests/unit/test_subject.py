@@ -116,17 +116,17 @@ def subject(pack):
     return pack.nodes.attention.subject
 
 
-def test_otsu_is_the_best_of_all_thresholds(subject):
-    values = torch.cat([numbers(40, seed=1) * 0.1 + 1, numbers(25, seed=2) * 0.3 + 3])
+def test_otsu_is_the_best_of_all_thresholds(pack):
+    otsu, values = pack.training.otsu.otsu, torch.cat([numbers(40, seed=1) * 0.1 + 1, numbers(25, seed=2) * 0.3 + 3])
 
     def between(threshold: float) -> float:
         low, high = values[values <= threshold], values[values > threshold]
         return len(low) * len(high) * float(low.mean() - high.mean()) ** 2 if len(low) and len(high) else 0.0
 
-    threshold, contrast = subject.otsu(values)
+    threshold, contrast = otsu(values)
     assert between(threshold) == pytest.approx(max(between(float(t)) for t in values), rel=1e-6)
     assert contrast == pytest.approx(0.5, abs=0.1)
-    assert subject.otsu(torch.full((9,), 0.3)) == (pytest.approx(0.3), 0.0)
+    assert otsu(torch.full((9,), 0.3)) == (pytest.approx(0.3), 0.0)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.05])

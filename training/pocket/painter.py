@@ -57,6 +57,24 @@ def paint(scenes: Scenes) -> Painting:
     return Painting(image, view.mask, depth, view.touched)
 
 
+def eyes(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each picture was taken from (n, 3) and which way the camera looks (n, 3), in the units and axes of its object.
+
+    `Painting.coordinates` has the same axes: X to the right, Y up, Z away from the one who paints.
+    """
+    foot = torch.tensor([FOOT[k] for k in ATTRIBUTES["shape"]])[scenes.shape]
+    height = CAMERA_DISTANCE * scenes.pitch.sin() - foot * scenes.scale - GROUND_Y
+    place = torch.stack([-scenes.offset, height, -CAMERA_DISTANCE * scenes.pitch.cos()], 1) / scenes.scale[:, None]
+    way = torch.stack([torch.zeros_like(scenes.pitch), -scenes.pitch.sin(), scenes.pitch.cos()], 1)
+    return _turned(place, scenes.yaw), _turned(way, scenes.yaw)
+
+
+def _turned(v: torch.Tensor, yaw: torch.Tensor) -> torch.Tensor:
+    """Directions (n, 3) of the world as the object sees them, which is turned."""
+    x, y, z = v.unbind(1)
+    return torch.stack([yaw.cos() * x + yaw.sin() * z, y, yaw.cos() * z - yaw.sin() * x], 1)
+
+
 def _column(t: torch.Tensor) -> torch.Tensor:
     return t.view(-1, 1, 1)
 
