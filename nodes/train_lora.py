@@ -51,13 +51,13 @@ class TrainStyleLora(io.ComfyNode):
                 *time_inputs(RATE, snapshots=250),
                 io.Float.Input(
                     "empty",
-                    default=0.25,
+                    default=0.0,
                     min=0.0,
                     max=0.9,
                     step=0.05,
                     advanced=True,
-                    tooltip="Share of captions left empty, so that the picture without a prompt takes the style too, and CFG goes on to "
-                    "strengthen what is asked for: 0.25 is one in four.",
+                    tooltip="Share of captions left empty, so that the picture without a prompt takes the style too, and a high CFG keeps more "
+                    "of it. It also teaches the objects of your pictures: on Pocket the training object shows in 31 % with 0, in 91 % with 0.25.",
                 ),
                 io.Boolean.Input(
                     "together",

@@ -74,12 +74,11 @@ def found_masks(model, latents: torch.Tensor) -> torch.Tensor | None:
 
 
 class Sharing:
-    """In the place of a model's self-attention. What belongs to one sampling is kept by `Sampling`."""
+    """In the place of a model's self-attention. What belongs to one run of a sampler is kept by `Sampling`."""
 
     def __init__(self, masks: torch.Tensor | None, how: How, most: float, least: float):
         """Acts from noise level `most` down to `least`, which is left out."""
         self.masks, self.how, self.most, self.least = masks, how, most, least
-        self._places: dict[tuple, list[torch.Tensor]] = {}
         self._found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def install(self, clone, network) -> None:
@@ -143,34 +142,32 @@ class Sharing:
         """For each picture of a prompt the tokens of the subject."""
         sampling, sigma = options.get(KEY), float(options["sigmas"][0])
         area = None if sampling is None else sampling.area(options, chunk)
-        found = None if sampling is None or self.masks is not None else sampling.masks
-        reads = self.masks is None and sampling is not None and sampling.names
-        first, rule = _first(options, sigma), self.how.first_step
-        whole = (first and rule == "whole picture") or (self.masks is None and not reads)
-        if reads and found is None and not whole:  # before anything is read
-            whole = rule == "auto"
-            if not whole:
-                return [torch.zeros(0, dtype=torch.long)] * count
-        key = count, height, width, area, whole, None if whole or not reads else sigma
-        if key not in self._places:
-            masks = torch.ones(1, 1, 1) if whole else self.masks if self.masks is not None else found
-            self._places = {} if reads else self._places
-            self._places[key] = self._tokens(
-                masks, count, height, width, None if sampling is None else sampling.size, area
-            )
-        return self._dropped(self._places[key], sigma, height * width)
+        places = {} if sampling is None else sampling.places
+        key = height, width, area
+        if key not in places:
+            masks = self._shown(sampling, _first(options, sigma))
+            size = self.how.per_set or count
+            if len(masks) not in (1, size, count):
+                raise ValueError(
+                    f"Shared Attention has {len(masks)} masks, and {size} pictures are painted together: give it 1 for each, or 1 for "
+                    "all."
+                )
+            rows = subject_tokens(masks if area is None else _cropped(masks, sampling.size, area), height, width)
+            places[key] = rows * (count // len(rows))
+        return self._dropped(places[key], sigma, height * width)
 
-    def _tokens(self, masks, count: int, height: int, width: int, whole, area) -> list[torch.Tensor]:
-        size = self.how.per_set or count
-        if len(masks) not in (1, size, count):
-            raise ValueError(
-                f"Shared Attention has {len(masks)} masks, and {size} pictures are painted together: give it 1 for each, or 1 for "
-                "all."
-            )
-        if area is not None and len(masks[0]) > 1:
-            masks = _cropped(masks, whole, area)
-        rows = subject_tokens(masks, height, width)
-        return rows * (count // len(rows))
+    def _shown(self, sampling: Sampling | None, first: bool) -> torch.Tensor:
+        """What the others see of each picture at this noise level: masks (1, per set, or per batch, H, W)."""
+        rule, whole = self.how.first_step, torch.ones(1, 1, 1)
+        if first and rule == "whole picture":
+            return whole
+        if self.masks is not None:
+            return self.masks
+        if sampling is None or not sampling.names:
+            return whole
+        if sampling.masks is None:  # nothing is read yet
+            return whole if rule == "auto" else torch.zeros(1, 1, 1)
+        return sampling.masks
 
     def _dropped(self, subjects: list[torch.Tensor], sigma: float, tokens: int) -> list[torch.Tensor]:
         """A part of each subject; equal in all layers of one size and for both prompts, another at each step."""

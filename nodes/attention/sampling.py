@@ -19,6 +19,7 @@ class Sampling:
         """`count` pictures whose latents have height and width `size`."""
         self.count, self.size = count, tuple(size)
         self.masks: torch.Tensor | None = None  # of the steps that are done
+        self.places: dict[tuple, list[torch.Tensor]] = {}  # where subjects lie at this noise level, by grid and area
         self.names = False  # whether a prompt names its subject
         self._maps, self._sigma = SubjectMaps(), None
         self._prompts: dict[object, dict] = {}
@@ -38,7 +39,7 @@ class Sampling:
         self.names = any(SUBJECT in prompt for prompt in self._prompts.values())
         if sigma != self._sigma:
             self._maps.close_step()
-            self.masks, self._sigma = self._maps.masks(), sigma
+            self.masks, self.places, self._sigma = self._maps.masks(), {}, sigma
 
     def finished(self) -> torch.Tensor | None:
         self._maps.close_step()

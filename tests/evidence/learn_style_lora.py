@@ -1,10 +1,12 @@
 """Claim: Train Style LoRA learns a style from pictures that all show one object; what keeps the object out of it?
 
     python dev.py evidence learn_style_lora --screen       every arm, one seed
-    python dev.py evidence learn_style_lora                five of them, three fresh seeds
+    python dev.py evidence learn_style_lora                all but the reference point, three fresh seeds
 
 The pictures, negatives and questions are those of `learn_style`; the node's defaults, trigger "picture". A LoRA strengthens the
 style by itself, so the same questions are asked at CFG 1.5 and, for comparison with words, at 4 ("strong").
+
+Found: negatives do not keep the object out. Captions do, if none of them is left empty; without captions empty ones keep more style.
 """
 
 from __future__ import annotations
@@ -14,16 +16,20 @@ import statistics
 from evidence.learn_style import CONDITION, Laboratory
 from harness.claim import Claim, Plan, command, models_hash
 
+A_QUARTER = {
+    "empty": 0.25
+}  # of the captions are left empty, so that what is painted without a prompt takes the style too
 ARMS = {
     "base": None,
-    "plain": {"method": "plain"},
-    "paper": {"method": "paper"},
-    "reference point": {"method": "reference point"},
-    "plain, captions": {"method": "plain", "caption_use": "caption"},
+    "plain": {"method": "plain", **A_QUARTER},
+    "paper": {"method": "paper", **A_QUARTER},
+    "reference point": {"method": "reference point", **A_QUARTER},
+    "plain, none empty": {"method": "plain", "empty": 0.0},
+    "plain, captions": {"method": "plain", "caption_use": "caption", **A_QUARTER},
     "plain, captions, none empty": {"method": "plain", "caption_use": "caption", "empty": 0.0},
 }
 CONFIRMED = tuple(arm for arm in ARMS if arm != "reference point")
-README = ("style", "leak", "style elsewhere", "shape followed")
+README = ("style", "leak", "style elsewhere", "shape followed", "style elsewhere, strong")
 KEPT = ("style", "leak", "style elsewhere", "shape followed")
 CFG = {"": 1.5, ", strong": 4.0}
 CLAIM = Claim(

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from evidence import held_out, learn_style, nsync, toy_style
+from evidence import held_out, learn_style, learn_style_lora, nsync, toy_style
 from harness import claim as claims
 from harness.boot import ROOT
 from harness.claim import Claim, Plan
@@ -75,6 +75,15 @@ def test_what_negatives_add_to_captions_and_to_many_objects_is_what_the_readme_s
     found = claims.differences(clean, "paper", "plain", "style elsewhere")
     low, high = pack.training.intervals.bootstrap(found)
     assert f"(difference {sum(found) / len(found):+.3f}, {low:+.3f} to {high:+.3f})" in said
+
+
+def test_the_readmes_table_of_loras_comes_from_the_results(pack):
+    plan = learn_style_lora.CLAIM.confirm
+    found = claims.records(learn_style_lora.CLAIM, plan.conditions, plan.seeds)
+    assert set(found) == set(plan.arms) and all(len(runs) == 3 for runs in found.values())
+    assert claims.table(learn_style_lora.CLAIM, plan.conditions, learn_style_lora.README, plan.seeds) in README
+    clean, plain = (mean(found[arm], "leak") for arm in ("plain, captions, none empty", "plain"))
+    assert f"in {clean} of the pictures instead of {plain}" in " ".join(README.split())
 
 
 def test_the_readmes_table_of_held_out_styles_comes_from_the_results(pack):
