@@ -147,20 +147,20 @@ def of_clip_vision(vision, name: str = "CLIP vision") -> Extractor:
     return Extractor(f"{name}, {vision.image_size} pixels", fingerprint(vision), see)
 
 
-def read_weights(file: Path) -> dict:
-    """What is in a weights file. Legacy files are read without unpickling code; raises ValueError where one cannot be read so."""
+def read_weights(file: Path, folder: str) -> dict:
+    """What is in a weights file of models/`folder`. Legacy files are read without unpickling code; raises ValueError where one cannot be read so."""
     try:
         return comfy.utils.load_torch_file(str(file), safe_load=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
         raise ValueError(
-            f"{file.name} in models/{file.parent.name} cannot be read: it is broken, or holds more than tensors, which might be code. "
+            f"{file.name} in models/{folder} cannot be read: it is broken, or holds more than tensors, which might be code. "
             "Fetch it again, or save its tensors as .safetensors."
         ) from error
 
 
 def of_weights(file: Path) -> Extractor:
     """CSD's or Inception's weights, told apart by what is in the file."""
-    state = read_weights(file)
+    state = read_weights(file, FOLDER)
     for wrapper in ("model_state_dict", "state_dict"):
         state = state.get(wrapper, state)
     state = {k.removeprefix("module."): v for k, v in state.items()}

@@ -194,7 +194,7 @@ class Asked:
         if self.clip is not None:  # first, as it may find that files or captions do not fit
             seen = measure(self.clip, "images", of.pictures, CONNECTED, False).values
             if self.head != NO_HEAD:
-                weights = read_weights(Path(folder_paths.get_full_path_or_raise(FOLDER, self.head)))
+                weights = read_weights(Path(folder_paths.get_full_path_or_raise(FOLDER, self.head)), FOLDER)
                 aesthetic = filtering.aesthetics(seen, filtering.linear_head(weights, self.head), self.head)
             if self.clip.texts is not None or self.bounds.fidelity > 0:
                 _, texts = read_captions(self.clip, of.captions, len(of.captions))

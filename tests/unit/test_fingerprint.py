@@ -141,7 +141,7 @@ def test_many_patches_are_told_apart_every_time(identity, build):
 def attention_patches(pack):
     from comfy_extras import nodes_freelunch, nodes_pag
 
-    shared = pack.nodes.attention.patch.with_shared_attention
+    shared, how = pack.nodes.attention.patch.with_shared_attention, pack.nodes.attention.patch.How
     masks = torch.zeros(2, 8, 8)
     masks[:, 2:5, 3] = 1
 
@@ -149,8 +149,9 @@ def attention_patches(pack):
         pag, free = nodes_pag.PerturbedAttentionGuidance, nodes_freelunch.FreeU_V2
         yield from (pag.execute(model, scale)[0] for scale in (1.0, 3.0))
         yield from (free.execute(model, b1, 1.4, 0.9, 0.2)[0] for b1 in (1.1, 1.3))
-        yield from (shared(model, masks * on, 0.0, end) for on, end in ((1, 1.0), (1, 0.5)))
-        yield shared(model, masks.flip(1), 0.0, 1.0)
-        yield shared(model, None, 0.0, 1.0)
+        yield from (shared(model, masks, how(end=end)) for end in (1.0, 0.5))
+        yield shared(model, masks.flip(1))
+        yield shared(model, masks, how(strength=0.5))
+        yield shared(model)
 
     return patches
