@@ -28,6 +28,18 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_new(path: Path, data: bytes) -> Path:
+    """Write where nothing lies: a file that holds other bytes stays, and these get the next free number. The same bytes are there
+    already."""
+    file, n = path, 1
+    while file.exists() and file.read_bytes() != data:
+        n += 1
+        file = path.with_name(f"{path.stem}-{n}{path.suffix}")
+    if not file.exists():
+        write_whole(file, data)
+    return file
+
+
 def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object] | None = None) -> bytes:
     """The bytes of a .safetensors; metadata values that are not strings are stored as JSON."""
     facts = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in (metadata or {}).items()}
@@ -46,6 +58,12 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata. Raises OSError or safetensors' own error when the file is missing or broken."""
     with safe_open(path, framework="pt") as f:
         return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
+
+
+def facts(path: Path) -> dict[str, str]:
+    """The metadata alone."""
+    with safe_open(path, framework="pt") as f:
+        return dict(f.metadata() or {})
 
 
 def write_tree(path: Path, tree: object) -> None:

@@ -15,17 +15,27 @@ DOT = 1
 SINGLE = (160, 160, 160)  # the colour of a step
 SPARSE = 5  # steps from one value to the next; those that come more seldom are joined as they are
 
-TITLES = {
+Titles = dict[str, tuple[str, str]]  # a heading, and what it means
+TITLES: Titles = {
     "loss": ("Loss", "how far its guesses are off; lower is better"),
     "cosine": ("Cosine of the two gradients", "pictures and negatives: 1 the same way, 0 nothing shared"),
     "removed": ("Fraction removed", "of a step, because the negatives ask for it, too"),
     "signal": ("Signal to noise of the gradient", "below 1 a step is mostly chance"),
     "norm": ("Length of the word", "against its start, which is 1"),
     "usual": ("Length of the word", "against the median of the encoder's own words, 1"),
+    "centred cosine": ("Centred cosine", "with the true embedding; about what the caption explains is right"),
+    "frechet": ("Frechet distance", "of what is made from what is real; 0 is best"),
+    "energy": ("Energy distance", "of what is made from what is real; 0 is best"),
+    "diversity": ("Diversity", "within a caption, against the truth; 1 is best, 0 always says the same"),
+    "rank": ("Rank of the own caption", "among those held out; 1 is best"),
     "skipped": ("Skipped steps", "so far, as their gradient was not a number"),
 }
 SMOOTH = ("norm", "usual", "skipped")  # by themselves: a mean would only lag behind
 LORA = {"norm": ("Size of the LoRA's changes", "all layers together (Frobenius norm)")}
+PRIOR = {
+    "cosine": ("Cosine with the true embedding", "highest for one that always says the same: read the others"),
+    "norm": ("Length of the embeddings", "against real ones, 1"),
+}
 
 
 class Series(NamedTuple):
@@ -59,9 +69,10 @@ def trailing_mean(values: list[float], window: int) -> list[float]:
     return means
 
 
-def learning_curves(series: dict[str, Series], window: int, lora: bool = False) -> Image.Image:
-    """All plots on one sheet, two in a row; `window` is the number of steps that a line is the mean of."""
-    titles = {**TITLES, **(LORA if lora else {})}
+def learning_curves(series: dict[str, Series], window: int, own: Titles | None = None) -> Image.Image:
+    """All plots on one sheet, two in a row; `window` is the number of steps that a line is the mean of, `own` what some names mean in
+    this kind of training: LORA, PRIOR, or nothing beside TITLES."""
+    titles = {**TITLES, **(own or {})}
     columns = min(COLUMNS, len(series))
     canvas = Image.new("RGB", (WIDTH * columns, HEIGHT * -(-len(series) // columns)), PAPER)
     ends = min(s.steps[0] for s in series.values()), max(s.steps[-1] for s in series.values())

@@ -31,6 +31,7 @@ ARMS = {
     "shared, a square": {"masks": True},
     "whole picture": {"words": False},
     "one anchor, whole": {"words": False, "anchors": 1},
+    "StyleAligned": {"words": False, "anchors": 1, "aligned": True},  # Hertz et al. 2024, arXiv 2312.02133
     "by words, one anchor": {"anchors": 1},
     "by words, second half": {"layers": "second half"},
     "by words, half the tokens": {"dropout": 0.5},
@@ -39,7 +40,7 @@ ARMS = {
     "by words, first step alone": {"first_step": "nothing"},
     "by words, until half-way": {"end": 0.5},
 }
-CONFIRMED = ("unshared", "shared, by words", "shared, a square", "whole picture", "one anchor, whole")
+CONFIRMED = ("unshared", "shared, by words", "shared, a square", "whole picture", "one anchor, whole", "StyleAligned")
 MEASURES = ("identity", "colours apart", "object followed", "place followed", "scenes apart")
 CLAIM = Claim(
     name="attention",
@@ -119,10 +120,13 @@ class Sets(Laboratory):
         masks = torch.zeros(1, 128, 128) if settings.pop("masks", False) else None
         if masks is not None:
             masks[:, 24:104, 24:104] = 1
+        aligned = settings.pop("aligned", False)
         if settings.pop("words", True):
             positive = attention.words.name_subject(positive, self.clip, prompts, subject)
         if ARMS[arm] is not None:
             model = attention.patch.with_shared_attention(model, masks, attention.patch.How(**settings))
+        if aligned:
+            align(model, PICTURES)
         negative = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(""))
         numbers = list(range(number * PICTURES, (number + 1) * PICTURES))
         return self.nodes.generate.sample(model, [positive], negative, self.recipe(0), numbers)
@@ -135,3 +139,20 @@ class Sets(Laboratory):
         inside = torch.ones(128, 128, dtype=torch.bool)
         inside[16:112, 16:112] = False
         return pictures[:, :, inside]
+
+
+def align(model, count: int) -> None:
+    """StyleAligned's normalisation, ahead of the sharing: each channel of every picture's queries and keys gets the mean and the
+    deviation, over the tokens, of the first picture's of its prompt."""
+    places = model.model_options["transformer_options"]["patches_replace"]["attn1"]
+
+    def as_first(x):
+        x = x.unflatten(0, (-1, count))  # (prompts, pictures, tokens, channels)
+        mean, deviation = x.mean(2, keepdim=True), x.std(2, keepdim=True) + 1e-5
+        return ((x - mean) / deviation * deviation[:, :1] + mean[:, :1]).flatten(0, 1)
+
+    def ahead_of(sharing):
+        return lambda q, k, v, options: sharing(as_first(q), as_first(k), v, options)
+
+    for place, sharing in places.items():
+        places[place] = ahead_of(sharing)
