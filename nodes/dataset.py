@@ -7,10 +7,10 @@ from pathlib import Path
 
 import comfy.model_management
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..training import folder as files
-from .progress import Reporter
+from .progress import Reporter, told
 
 CATEGORY = "Counterpoint/dataset"
 log = logging.getLogger("counterpoint")
@@ -143,9 +143,8 @@ class LoadDataset(io.ComfyNode):
         for line in (note for example in examples for note in example.notes):
             log.warning("Load Dataset: %s", line)
         report = files.report(str(folder), len(listing.entries), examples, skipped)
-        reporter.say(report)
         columns = [[getattr(e, field) for e in examples] for field in ("image", "caption", "mask", "name")]
-        return io.NodeOutput(*columns, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(*columns, report, ui=told(report))
 
 
 NODES = [LoadDataset]

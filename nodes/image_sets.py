@@ -7,13 +7,13 @@ from pathlib import Path
 
 import comfy.model_management
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..training import folder as files
 from ..training import image_sets
 from .dataset import CATEGORY, choices, roots
 from .generate import generate_set, painted_set, recipe_inputs, recipe_of, set_outputs
-from .progress import Reporter
+from .progress import Reporter, told
 from .prompts import lines
 
 log = logging.getLogger("counterpoint")
@@ -149,11 +149,10 @@ class LoadImageSets(io.ComfyNode):
             reporter.bar.update_absolute(number)
         for line in skipped:
             log.warning("Load Image Sets skipped %s", line)
-        report = told(str(folder), first, count, kept, examples, skipped)
-        reporter.say(report)
+        report = outcome(str(folder), first, count, kept, examples, skipped)
         return io.NodeOutput(
             [e.image for e in examples], [e.caption for e in examples], str(folder), [m.set for m in kept],
-            [e.mask for e in examples], [e.name for e in examples], report, ui=ui.PreviewText(report),
+            [e.mask for e in examples], [e.name for e in examples], report, ui=told(report),
         )  # fmt: skip
 
 
@@ -162,7 +161,7 @@ def members_of(folder: str, first: int, limit: int) -> tuple[list[image_sets.Mem
     return image_sets.listed(place, list(roots().values()), first, limit)
 
 
-def told(folder: str, first: int, count: int, members: list, examples: list, skipped: list[str]) -> str:
+def outcome(folder: str, first: int, count: int, members: list, examples: list, skipped: list[str]) -> str:
     """What became of the sets of a folder. Raises ValueError where no picture is left."""
     if not examples:
         why = (

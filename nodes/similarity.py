@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..training import similarity
 from ..training.features import Extractor
 from ..training.intervals import mean_interval
 from .features import CATEGORY, FeaturesType
 from .metrics import CONNECTED, measure
+from .progress import told
 
 SHARE = "R-precision"
 
@@ -37,7 +38,7 @@ def said(what: str, columns: dict[str, torch.Tensor]) -> io.NodeOutput:
     scores = next(iter(columns.values()))
     count = "1 picture" if len(scores) == 1 else f"{len(scores)} pictures"
     line = f"{what}: {', '.join(parts)}; {count}"
-    return io.NodeOutput(scores.tolist(), line, json.dumps(facts), ui=ui.PreviewText(line))
+    return io.NodeOutput(scores.tolist(), line, json.dumps(facts), ui=told(line))
 
 
 class StyleSimilarity(io.ComfyNode):

@@ -57,7 +57,8 @@ class TrainStyleLora(io.ComfyNode):
                     step=0.05,
                     advanced=True,
                     tooltip="Share of captions left empty, so that the picture without a prompt takes the style too, and a high CFG keeps more "
-                    "of it. It also teaches the objects of your pictures: on Pocket the training object shows in 31 % with 0, in 91 % with 0.25.",
+                    "of it. It also teaches the objects of your pictures: on Pocket, with captions, the training object shows in 31 % with 0, in 91 % "
+                    "with 0.25.",
                 ),
                 io.Boolean.Input(
                     "together",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..bridge import native_size
+from ..progress import told
 from .patch import FIRST_STEP, KEY, LAYERS, POSITIONS, How, found_masks, with_shared_attention
 
 CATEGORY = "Counterpoint/attention"
@@ -104,7 +105,7 @@ class SharedAttention(io.ComfyNode):
     ) -> io.NodeOutput:
         how = How(start, end, strength, layers, first_step, anchors, per_set, dropout, positions)
         shared = with_shared_attention(model, masks, how)
-        return io.NodeOutput(shared, ui=ui.PreviewText(_cost(model, masks, how)))
+        return io.NodeOutput(shared, ui=told(_cost(model, masks, how)))
 
 
 def _share(name: str, default: float, tooltip: str):
@@ -119,8 +120,8 @@ def _cost(model, masks: torch.Tensor | None, how: How) -> str:
     tokens = (size // 16) ** 2
     if masks is None:
         return (
-            f"The subject is found from the words named in Prompt per Picture. Where none are named, whole pictures are shared: at {size} x "
-            f"{size} each picture sees its own {tokens} tokens and {tokens} of each other picture."
+            f"At {size} x {size} each picture sees its own {tokens} tokens and, of each other, those of the subject that the prompts name; all "
+            f"{tokens} where none is named."
         )
     share = (masks > 0.5).float().mean().item() * (1 - how.dropout)
     return (
@@ -176,7 +177,7 @@ class SubjectMask(io.ComfyNode):
         shown = 100 * masks.mean().item()
         empty = int((masks.flatten(1).sum(1) == 0).sum())
         said = f"{len(masks)} masks, {shown:.0f} % white" + (f"; in {empty} nothing was found" if empty else "")
-        return io.NodeOutput(fitted[:, 0], ui=ui.PreviewText(said))
+        return io.NodeOutput(fitted[:, 0], ui=told(said))
 
 
 NODES = [SharedAttention, SubjectMask]

@@ -45,24 +45,29 @@ def shared(attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     to sum to one is multiplied by `weight`, above 0; `heads` is asked for where they lie inside the width (`axis` 1).
     """
     count, images = len(q), q.shape[axis] - text
-    seen = [
-        tuple(x[n : n + 1].narrow(axis, text, images).index_select(axis, rows) for x in (k, v))
-        for n, rows in enumerate(subjects)
-    ]
-    painted = []
-    for n, others in enumerate(seen_by or neighbours(count)):
-        keys = torch.cat([k[n : n + 1], *(place(seen[m][0], slot) for slot, m in enumerate(others, 1))], dim=axis)
-        values = torch.cat([v[n : n + 1], *(seen[m][1] for m in others)], dim=axis)
+
+    def subject(x: torch.Tensor, m: int) -> torch.Tensor:
+        return x[m : m + 1].narrow(axis, text, images).index_select(axis, subjects[m])
+
+    def look(n: int, others: list[int]) -> torch.Tensor:
+        keys = torch.cat([k[n : n + 1], *(place(subject(k, m), slot) for slot, m in enumerate(others, 1))], dim=axis)
+        values = torch.cat([v[n : n + 1], *(subject(v, m) for m in others)], dim=axis)
         foreign = keys.shape[axis] - k.shape[axis]
         own = None if mask is None else F.pad(mask[n : n + 1], (0, foreign))
         queries = q[n : n + 1].narrow(axis, text, images)
         if weight == 1.0 or not foreign:
-            painted.append(attention(queries, keys, values, own))
-        else:
-            painted.append(_weighted(attention, queries, keys, values, own, foreign, weight, axis, heads))
-    if not text:
-        return torch.cat(painted)
-    return torch.cat([attention(q.narrow(axis, 0, text), k, v, mask), torch.cat(painted)], dim=1)
+            return attention(queries, keys, values, own)
+        return _weighted(attention, queries, keys, values, own, foreign, weight, axis, heads)
+
+    painted = None  # written picture by picture: what one of them gathers is gone before the next begins
+    for n, others in enumerate(seen_by or neighbours(count)):
+        seen = look(n, others)
+        painted = seen.new_empty(count, text + images, seen.shape[-1]) if painted is None else painted
+        painted[n, text:] = seen[0]
+        del seen
+    if text:
+        painted[:, :text] = attention(q.narrow(axis, 0, text), k, v, mask)
+    return painted
 
 
 def _weighted(attention: Attention, q, k, v, mask, foreign: int, weight: float, axis: int, heads: int) -> torch.Tensor:

@@ -49,8 +49,11 @@ def subject_words(clip, prompt: str, subject: str, length: int) -> tuple[torch.T
         if not reads or (start and tokenizer.embedding_key.startswith("clip_")):
             continue
         words, mention = (_real(text[key], unsaid[key][0]) for text in (said, alone))
-        mentions = _mentions(*([_spelled(tokenizer, token) for _, token in text] for text in (words, mention)))
-        named |= {start + place: mentioned for (place, _), mentioned in zip(words, mentions, strict=True)}
+        pieces, mention = ([_spelled(tokenizer, token) for _, token in text] for text in (words, mention))
+        seen = zip(words, pieces, _mentions(pieces, mention), strict=True)
+        named |= {
+            start + place: mentioned for (place, _), piece, mentioned in seen if piece.strip()
+        }  # T5 has a blank alone
         end = start or end  # SDXL's two encoders read the same words side by side
     places = sorted(place for place in named if place >= 0)
     return torch.tensor(places, dtype=torch.long), torch.tensor([named[place] for place in places], dtype=torch.bool)

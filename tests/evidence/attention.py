@@ -42,6 +42,7 @@ ARMS = {
 }
 CONFIRMED = ("unshared", "shared, by words", "shared, a square", "whole picture", "one anchor, whole", "StyleAligned")
 MEASURES = ("identity", "colours apart", "object followed", "place followed", "scenes apart")
+README = ("identity", "colours apart", "place followed", "scenes apart")  # what its tables show
 CLAIM = Claim(
     name="attention",
     about=__doc__,

@@ -22,18 +22,26 @@ def box():
     return Types.MESH(corners[None], faces[None], vertex_colors=corners[None].sign() * 0.4 + 0.5)
 
 
-def painting(warp: dict) -> dict:
-    """1 models, 2 text, 3 latents, 4 warped model, 5 sampler, 6 pictures, beside the correspondences in 9."""
-    return {
+def painting(*modes: str) -> dict:
+    """1 models, 2 text, 3 latents, 4 what the model itself makes of them; by mode a warped model and what it makes, with the warp on to
+    the end; beside the correspondences in 9."""
+    made = {
         "1": node("CounterpointLoadPocketModels"),
         "2": node("CLIPTextEncode", clip=["1", 1], text="a red cube on a meadow"),
         "3": node("EmptyLatentImage", width=128, height=128, batch_size=COUNT),
-        "4": node("CounterpointFeatureWarp", model=["1", 0], **{"correspondences": ["9", 0], **warp}),
-        "5": node("KSampler", model=["4", 0], positive=["2", 0], negative=["2", 0], latent_image=["3", 0], seed=1, steps=4, cfg=2.0,
-                  sampler_name="euler", scheduler="normal", denoise=1.0),
-        "6": node("VAEDecode", samples=["5", 0], vae=["1", 2]),
-        "7": node("PreviewImage", images=["6", 0]),
-    }  # fmt: skip
+        "4": sampler(["1", 0]),
+        "shown 4": node("PreviewAny", source=["4", 0]),
+    }
+    for mode in modes:
+        warp = node("CounterpointFeatureWarp", model=["1", 0], correspondences=["9", 0], mode=mode, end=1.0)
+        made |= {f"warp {mode}": warp, mode: sampler([f"warp {mode}", 0])}
+        made[f"shown {mode}"] = node("PreviewAny", source=[mode, 0])
+    return made
+
+
+def sampler(model: list) -> dict:
+    return node("KSampler", model=model, positive=["2", 0], negative=["2", 0], latent_image=["3", 0], seed=1, steps=4, cfg=2.0,
+                sampler_name="euler", scheduler="normal", denoise=1.0)  # fmt: skip
 
 
 def pocket(**more) -> dict:
@@ -113,13 +121,10 @@ def test_what_is_seen_of_pictures_matches_too(graph):
     assert matches.points[0, 1][0].equal(matches.points[1, 0][1])
 
 
-@pytest.mark.parametrize("mode", ["features", "latents"])
-def test_views_that_are_painted_agree(graph, mode):
-    """In the latents that correspond, with the warp on to the end."""
-    prompt = {**pocket(), **painting({"mode": mode, "end": 1.0})}
-    run = graph(prompt)
-    prompt["5"]["inputs"]["model"] = ["1", 0]
-    warped, plain = (r.value("5")["samples"] for r in (run, graph(prompt)))
+def test_views_that_are_painted_agree(graph):
+    """In the latents that correspond."""
+    run = graph({**pocket(), **painting("features", "latents")})
+    plain, features, latents = (run.value(each)["samples"] for each in ("4", "features", "latents"))
     matches = run.value("9")
 
     def apart(latents: torch.Tensor) -> float:
@@ -129,13 +134,14 @@ def test_views_that_are_painted_agree(graph, mode):
             gaps.append((here - there).square().mean())
         return float(torch.stack(gaps).mean())
 
-    assert warped[0].equal(plain[0]) if mode == "latents" else not warped.equal(plain)
-    assert apart(warped) < (0.4 if mode == "latents" else 0.95) * apart(plain)
+    assert latents[0].equal(plain[0]) and not features.equal(plain)
+    assert apart(features) < 0.95 * apart(plain) and apart(latents) < 0.4 * apart(plain)
 
 
 def test_a_batch_of_another_number_is_one_sentence(graph):
-    prompt = {**pocket(), **painting({})}
+    prompt = {**pocket(), **painting("features")}
     prompt["3"]["inputs"]["batch_size"] = 2
+    del prompt["4"], prompt["shown 4"]
     run = graph(prompt, check=False)
     assert len(run.errors) == 1 and "knows 3 views, and 2 pictures are painted together" in run.errors[0]
 

@@ -133,6 +133,38 @@ def test_learn_a_style_learns_a_word_that_the_prompt_behind_it_knows(server, gra
     assert taught.shape == plain.shape and not taught.equal(plain)
 
 
+def test_consistent_batch_shares_what_it_finds_and_shows_it(server, graph):
+    """Its size is both sides; taken past Shared Attention the sampler paints something else."""
+    inside = to_prompt(ROOT / "subgraphs" / "Consistent Batch.json", server.url)
+    ids = {each["class_type"]: key for key, each in inside.items()}
+    of = {kind: inside[key]["inputs"] for kind, key in ids.items()}
+    prompts, sharing = ids["CounterpointPromptPerPicture"], ids["CounterpointSharedAttention"]
+    assert of["EmptyLatentImage"] == {"width": 1024, "height": 1024, "batch_size": [prompts, 1]}
+    assert of["KSampler"]["model"] == of["CounterpointSubjectMask"]["model"] == [sharing, 0]
+    of["CounterpointPromptPerPicture"] |= {
+        "prompts": "a spotted heart at sea\na spotted heart at night",
+        "subject": "spotted heart",
+    }
+    of["EmptyLatentImage"] |= {"width": 128, "height": 128}
+    of["KSampler"] |= {"steps": 4, "cfg": 4.0}
+    of["CounterpointSharedAttention"]["model"] = ["pocket", 0]
+    of["CounterpointPromptPerPicture"]["clip"] = of["CLIPTextEncode"]["clip"] = ["pocket", 1]
+    of["VAEDecode"]["vae"] = ["pocket", 2]
+    shown = {
+        "a": node("PreviewImage", images=[ids["VAEDecode"], 0]),
+        "b": node("MaskPreview", mask=[ids["CounterpointSubjectMask"], 0]),
+    }
+    prompt = {"pocket": node("CounterpointLoadPocketModels"), **inside, **shown}
+    run = graph(prompt)
+    together, masks = run.value(ids["VAEDecode"]), run.value(ids["CounterpointSubjectMask"])
+    assert together.shape == (2, 128, 128, 3) and masks.shape == (2, 128, 128)
+    assert all(0 < mask.mean() < 1 for mask in masks)
+    of["KSampler"]["model"] = ["pocket", 0]
+    del prompt["b"]
+    alone = graph(prompt).value(ids["VAEDecode"])
+    assert not any(a.equal(b) for a, b in zip(alone, together, strict=True))
+
+
 def giver(kind: str, values: list) -> type:
     class Given:
         RETURN_TYPES, OUTPUT_IS_LIST, FUNCTION, CATEGORY = (kind,), (True,), "give", "test"

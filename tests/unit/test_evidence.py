@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from evidence import held_out, learn_style, learn_style_lora, nsync, toy_style
+from evidence import attention, held_out, learn_style, learn_style_lora, nsync, subject, toy_style
 from harness import claim as claims
 from harness.boot import ROOT
 from harness.claim import Claim, Plan
@@ -84,6 +84,28 @@ def test_the_readmes_table_of_loras_comes_from_the_results(pack):
     assert claims.table(learn_style_lora.CLAIM, plan.conditions, learn_style_lora.README, plan.seeds) in README
     clean, plain = (mean(found[arm], "leak") for arm in ("plain, captions, none empty", "plain"))
     assert f"in {clean} of the pictures instead of {plain}" in " ".join(README.split())
+
+
+def test_what_empty_captions_do_to_a_lora_is_what_the_node_says(pack):
+    plan = learn_style_lora.CLAIM.confirm
+    found = claims.records(learn_style_lora.CLAIM, plan.conditions, plan.seeds)
+    arms = ("plain, captions, none empty", "plain, captions")
+    assert [learn_style_lora.ARMS[arm]["empty"] for arm in arms] == [0, 0.25] and len(found[arms[0]]) == 3
+    none, some = (f"{100 * float(mean(found[arm], 'leak', 9)):.0f} %" for arm in arms)
+    inputs = pack.nodes.train_lora.TrainStyleLora.define_schema().inputs
+    told = next(each.tooltip for each in inputs if each.id == "empty")
+    assert f"with captions, the training object shows in {none} with 0, in {some} with 0.25." in told
+
+
+def test_where_words_are_read_is_what_the_code_says(pack):
+    """And each record is of the models that ship."""
+    plan = subject.CLAIM.confirm
+    found = claims.records(subject.CLAIM, plan.conditions, plan.seeds)
+    assert set(found) == set(plan.arms) and all(len(runs) == 9 for runs in found.values())
+    late, every, noun = (mean(found[arm], "overlap") for arm in plan.arms)
+    said = " ".join(pack.nodes.attention.subject.__doc__.split())
+    assert f"overlap by {late} (" in said and f"all layers {every})" in said and f"noun alone by {noun} (" in said
+    assert {r["models"] for c in plan.conditions for r in claims.read(subject.CLAIM, c)} == {claims.models_hash()}
 
 
 def test_the_readmes_table_of_held_out_styles_comes_from_the_results(pack):
@@ -219,3 +241,31 @@ def test_the_model_card_in_words_is_the_model_card(pack):
     pocket_card = importlib.import_module(f"{pack.__name__}.nodes.pocket_card")
     card = json.loads((ROOT / "models" / "pocket-card.json").read_text(encoding="utf-8"))
     assert pocket_card.in_words(card) == (ROOT / "models" / "README.md").read_text(encoding="utf-8")
+
+
+def paired(pack, found: dict, arm: str, baseline: str, measure: str) -> str:
+    """A difference of three digits with its interval, as a sentence says it."""
+    each = claims.differences(found, arm, baseline, measure)
+    low, high = pack.training.intervals.bootstrap(each)
+    return f"{sum(each) / len(each):+.3f}, {low:+.3f} to {high:+.3f}"
+
+
+def test_the_readmes_tables_of_shared_attention_come_from_the_results(pack):
+    plan, said = attention.CLAIM.confirm, " ".join(README.split())
+    found = {c: claims.records(attention.CLAIM, (c,), plan.seeds) for c in plan.conditions}
+    for condition, arms in found.items():
+        assert set(arms) == set(plan.arms) and all(len(runs) == 8 for runs in arms.values())
+        assert claims.table(attention.CLAIM, (condition,), attention.README, plan.seeds) in README
+    words, whole, anchor = "shared, by words", "whole picture", "one anchor, whole"
+    everything, unsaid = found["all-said"], found["colour-unsaid"]
+    for arms, minus, measure, before in (
+        (everything, whole, "identity", "as alike"),
+        (everything, whole, "place followed", "keep more of the places"),
+        (everything, "shared, a square", "place followed", "also than a square does"),
+        (unsaid, whole, "place followed", "as many places"),
+        (unsaid, whole, "identity", "a little less alike"),
+    ):
+        assert f"{before} ({paired(pack, arms, words, minus, measure)})" in said
+    assert f"scenes more alike too ({paired(pack, everything, 'StyleAligned', 'unshared', 'scenes apart')})" in said
+    assert f"words minus one anchor {paired(pack, unsaid, words, anchor, 'identity')})" in said
+    assert f"keep more of their places ({paired(pack, unsaid, words, anchor, 'place followed')})" in said

@@ -5,6 +5,7 @@ import comfy.samplers
 import pytest
 import torch
 
+from harness.small_controlnet import controlled, controlnet
 from harness.small_nets import load, numbers
 
 FAMILIES = ("SD1.5", "SDXL", "SD3.5", "FLUX.1", "FLUX.2", "Qwen-Image", "Z-Image")
@@ -183,6 +184,30 @@ def test_a_prompt_for_a_part_of_the_picture_sees_that_part_of_the_subjects(atten
     assert (4, 3, whole) in seen and (4, 3, [0, 0, 0]) in seen and len(seen) == 3 * 2
 
 
+def test_a_controlnet_tells_each_picture_its_own(attention, pair, small_models):
+    """It shares nothing inside. The first of a set with one anchor sees nobody, so it is what it is alone, with its own hint; the others
+    see it, and through it its hint."""
+    model, clip = pair("SD1.5")
+    hints, noise = numbers(3, 3, 64, 96, seed=6).sigmoid(), numbers(3, 4, 8, 12, seed=5)
+    patched, negative = shared(attention, model, block(3), anchors=1), encoded(clip, "")
+
+    def drawn(given, hints, rows=slice(None)):
+        control = controlnet(small_models.builders, hints)
+        both = (controlled(each, control) for each in (encoded(clip, WORDS[0]), negative))
+        return painted(given, *both, len(noise[rows]), noise=noise[rows])
+
+    together, plain = drawn(patched, hints), painted(patched, encoded(clip, WORDS[0]), negative, noise=noise)
+    assert difference(together, plain) > 1e-2, "it is not heard"
+    assert difference(together[:1], drawn(model, hints[:1], slice(0, 1))) <= 1e-5
+    apart = torch.cat([drawn(model, hints[n : n + 1], slice(n, n + 1)) for n in range(3)])
+    assert difference(drawn(shared(attention, model, block(3), strength=0.0), hints), apart) <= 1e-5
+    assert all(difference(together[n], apart[n]) > 1e-3 for n in (1, 2))
+    other = drawn(patched, torch.cat([hints[:2], 1 - hints[2:]]))
+    assert difference(other[:2], together[:2]) <= 1e-5 and difference(other[2], together[2]) > 1e-3
+    first = drawn(patched, torch.cat([1 - hints[:1], hints[1:]]))
+    assert all(difference(first[n], together[n]) > 1e-4 for n in range(3))
+
+
 def test_context_windows_are_refused(attention, pair):
     """They paint a batch in pieces that cannot see each other."""
     import comfy.context_windows as windows
@@ -249,6 +274,20 @@ def test_the_subject_is_found_while_painting(attention, family):
     assert attention.patch.found_masks(shared(attention, model, block(3)), latents) is None
 
 
+def test_a_prompt_of_nothing_but_the_subject_shows_nothing(attention, family):
+    """Every token looks at the subject alone, so the map is flat: nothing is shared, and Subject Mask says so."""
+    model, clip, _, negative = family
+    positive = attention.words.name_subject(encoded(clip, "cat"), clip, ["cat"], "cat")
+    patched = shared(attention, model, first_step="nothing")
+    latents = painted(patched, positive, negative)
+    assert difference(latents, painted(model, positive, negative)) <= 1e-5
+    shown = attention.node.SubjectMask.execute(patched, {"samples": latents}, 0)
+    assert not shown.args[0].any() and "in 3 nothing was found" in str(shown.ui.as_dict())
+    for stranger, said in ((model, "did not come from Shared Attention"), (patched, "No subject was looked for")):
+        with pytest.raises(ValueError, match=said):
+            attention.node.SubjectMask.execute(stranger, {"samples": latents * 2}, 0)
+
+
 def test_another_prompt_against_it_changes_no_mask_of_the_first_step(attention, pair):
     """What is not wanted is not read."""
     model, clip = pair("SD1.5")
@@ -261,7 +300,7 @@ def test_another_prompt_against_it_changes_no_mask_of_the_first_step(attention, 
     assert found[0].equal(found[1])
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "dpmpp_sde"])
 def test_masks_change_once_for_a_noise_level(attention, pair, monkeypatch, sampler):
     """However often a sampler asks at it."""
     model, clip = pair("SD1.5")

@@ -66,6 +66,14 @@ def test_a_t5_ends_the_text(words, clip_of, small_models):
     assert behind[also].tolist() == [5, 6, *(places[named] + 77).tolist()]
 
 
+def test_a_blank_alone_is_no_word(words, clip_of):
+    """T5 has one before some words, which would look like a word that is not the subject."""
+    clip = clip_of("FLUX.1")
+    assert any(clip.tokenizer.t5xxl.inv_vocab[t] == "\u2581" for t, _ in clip.tokenize("fox")["t5xxl"][0])
+    places, named = words.subject_words(clip, "fox", "fox", len(clip.tokenize("fox")["t5xxl"][0]))
+    assert named.all() and len(places)
+
+
 @pytest.mark.parametrize("family", ("SD1.5", "FLUX.1", "Qwen-Image"))
 def test_all_mentions_count_and_nothing_else(words, clip_of, family):
     clip = clip_of(family)

@@ -1,15 +1,18 @@
 """Feature Warp in ComfyUI's models, against hooks on their layers and against a sampler that warps at each step."""
 
 import contextlib
+import functools
 import types
 
 import pytest
 import torch
 
+from harness.small_controlnet import controlnet
 from harness.small_nets import load, numbers
 
 KINDS = ("SD1.5", "SDXL", "Pocket", "SD3.5", "FLUX.1", "FLUX.2", "Qwen-Image")
 HEIGHT, WIDTH = 16, 24  # latents
+SMALL = {"height": 8, "width": 12}  # of whole samplings
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +30,24 @@ def scattered(views, count=3, share=0.7, seed=1):
     return views.correspondences.Correspondences(count, (32, 48), pairs)
 
 
-def made(name, pack, small_models):
-    with torch.inference_mode():
-        model = (
-            pack.nodes.pocket_models.load_model() if name == "Pocket" else small_models.families.FAMILIES[name].model()
-        )
-        load(model)
-    return model
+@pytest.fixture(scope="module")
+def made(pack, small_models):
+    """A MODEL by the name of its family; the same one to all tests, none of which changes it."""
+
+    @functools.cache
+    def made(name: str):
+        families = small_models.families.FAMILIES
+        with torch.inference_mode():
+            model = pack.nodes.pocket_models.load_model() if name == "Pocket" else families[name].model()
+            load(model)
+        return model
+
+    return made
 
 
 @pytest.fixture(params=KINDS)
-def model(request, pack, small_models):
-    return made(request.param, pack, small_models)
+def model(request, made):
+    return made(request.param)
 
 
 @torch.inference_mode()
@@ -66,16 +75,18 @@ def by_hooks(views, model, of, strength=1.0):
     can be moved. One prompt, one set of views."""
     network, hooks = model.model.diffusion_model, []
 
+    @functools.cache
+    def plan(height, width):
+        return views.warp.steps(of, height, width)
+
     def warp(x):
         tokens = x.shape[1]
         scale = next(s for s in (1, 2, 4, 8) if -(-HEIGHT // s) * -(-WIDTH // s) <= tokens)
         height, width = -(-HEIGHT // scale), -(-WIDTH // scale)
-        words, out = tokens - height * width, list(x.clone())
-        for step in views.warp.steps(of, height, width):
-            for token, origin in zip(step.tokens.tolist(), step.origins.tolist(), strict=True):
-                own, other = out[step.view][words + token].clone(), out[step.source][words + origin]
-                out[step.view][words + token] = strength * other + (1 - strength) * own
-        return torch.stack(out)
+        words, out = tokens - height * width, x.clone()
+        for view, to, source, origins in plan(height, width):
+            out[view, words + to] = strength * out[source, words + origins] + (1 - strength) * out[view, words + to]
+        return out
 
     def projected(part, given, out):
         return warp(out)
@@ -114,8 +125,8 @@ def test_features_are_warped_before_they_attend(views, model):
 
 @pytest.mark.parametrize("strength", [0.6, 0.2])
 @pytest.mark.parametrize("name", ["SD1.5", "Pocket"])
-def test_strength_mixes(views, pack, small_models, name, strength):
-    model, of = made(name, pack, small_models), scattered(views)
+def test_strength_mixes(views, made, name, strength):
+    model, of = made(name), scattered(views)
     x, states = given(model, 3)
     with by_hooks(views, model, of, strength):
         expected = asked(model, x, states, [0])
@@ -152,8 +163,8 @@ def test_outside_its_time_it_does_nothing(views, model, start, end):
     assert asked(warping, x, states, [0], 0.6).equal(asked(model, x, states, [0], 0.6))
 
 
-def test_what_it_does_is_part_of_the_models_identity(views, identity, pack, small_models):
-    model = made("SD1.5", pack, small_models)
+def test_what_it_does_is_part_of_the_models_identity(views, identity, made):
+    model = made("SD1.5")
     names = [identity.fingerprint(each) for each in (
         model, patched(views, model, scattered(views)), patched(views, model, scattered(views, seed=2)),
         patched(views, model, scattered(views), 0.5), patched(views, model, scattered(views), mode="latents"),
@@ -165,10 +176,10 @@ def test_what_it_does_is_part_of_the_models_identity(views, identity, pack, smal
 
 
 @pytest.mark.parametrize("name", ["SD1.5", "SD3.5", "FLUX.1", "Qwen-Image"])
-def test_shared_attention_sees_what_was_warped(views, pack, small_models, name):
+def test_shared_attention_sees_what_was_warped(views, pack, made, name):
     """In whichever order the two were put."""
     model, of, share = (
-        made(name, pack, small_models),
+        made(name),
         scattered(views),
         pack.nodes.attention.patch.with_shared_attention,
     )
@@ -203,13 +214,13 @@ def painted(model, noise, states, sampler="euler", steps=6, cfg=1.0, unsaid=None
 
 @pytest.mark.parametrize("name, cfg", [("Pocket", 1.0), ("Pocket", 3.0), ("SD1.5", 3.0), ("FLUX.1", 1.0)])
 @pytest.mark.parametrize("picture", [False, True])
-def test_latents_with_euler_are_those_warped_at_each_step(views, pack, small_models, name, cfg, picture):
+def test_latents_with_euler_are_those_warped_at_each_step(views, made, name, cfg, picture):
     """A loop that warps the noisy latents before each step begun in time, and after it; from noise, and from a picture."""
-    model, of = made(name, pack, small_models), scattered(views)
-    (noise, states), (latent, unsaid) = given(model, 3), given(model, 3, seed=8)
+    model, of = made(name), scattered(views)
+    (noise, states), (latent, unsaid) = given(model, 3, **SMALL), given(model, 3, seed=8, **SMALL)
     latent = latent * 0.3 if picture else None
     least = model.get_model_object("model_sampling").percent_to_sigma(0.5)
-    plan, warps = views.warp.steps(of, HEIGHT, WIDTH), []
+    plan, warps = views.warp.steps(of, **SMALL), []
 
     def euler(denoise, x, sigmas, extra_args=None, **_):
         for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
@@ -230,12 +241,12 @@ def test_latents_with_euler_are_those_warped_at_each_step(views, pack, small_mod
 
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m_sde", "heun", "uni_pc"])
-def test_every_sampler_paints_views_that_agree(views, pack, small_models, sampler):
+def test_every_sampler_paints_views_that_agree(views, made, sampler):
     """Warped until the end, corresponding latents are equal after the last step, whatever noise was added on the way; and the model sees
     nothing else."""
-    model, of = made("Pocket", pack, small_models), scattered(views)
-    noise, states = given(model, 3)
-    plan, seen, warping = views.warp.steps(of, HEIGHT, WIDTH), [], patched(views, model, of, mode="latents")
+    model, of = made("Pocket"), scattered(views)
+    noise, states = given(model, 3, **SMALL)
+    plan, seen, warping = views.warp.steps(of, **SMALL), [], patched(views, model, of, mode="latents")
     warping.set_model_unet_function_wrapper(lambda call, told: (seen.append(told["input"]), call(told["input"], told["timestep"], **told["c"]))[1])  # fmt: skip
     got = painted(warping, noise, states, sampler)
     assert len(seen) >= 6 and all(views.warp.warped_maps(x, plan, 1.0).equal(x) for x in seen)
@@ -244,41 +255,38 @@ def test_every_sampler_paints_views_that_agree(views, pack, small_models, sample
     assert got.isfinite().all() and off <= 0.02 * before
 
 
-def test_latents_mix_by_strength_and_a_mask_keeps_what_it_keeps(views, pack, small_models):
-    model, of = made("Pocket", pack, small_models), scattered(views)
-    (noise, states), (latent, _) = given(model, 3), given(model, 3, seed=8)
+def test_latents_mix_by_strength_and_a_mask_keeps_what_it_keeps(views, made):
+    model, of = made("Pocket"), scattered(views)
+    (noise, states), (latent, _) = given(model, 3, **SMALL), given(model, 3, seed=8, **SMALL)
     full, half, plain = (painted(m, noise, states) for m in (
         patched(views, model, of, mode="latents"), patched(views, model, of, 0.5, mode="latents"), model))  # fmt: skip
     assert (half - plain).abs().max() > 0.05 and (half - full).abs().max() > 0.05
-    mask = torch.zeros(3, 1, HEIGHT, WIDTH)
-    mask[:, :, :8] = 1
+    mask = torch.zeros(3, 1, *SMALL.values())
+    mask[:, :, :4] = 1
     kept = painted(patched(views, model, of, mode="latents"), noise, states, latent=latent, noise_mask=mask)
-    assert (kept - latent)[:, :, 8:].abs().max() <= 1e-5 and (kept - latent)[:, :, :8].abs().max() > 0.1
+    assert (kept - latent)[:, :, 4:].abs().max() <= 1e-5 and (kept - latent)[:, :, :4].abs().max() > 0.1
 
 
-def test_a_controlnet_is_heard_as_well(views, small_models, pack):
-    """Core's ControlNet in a whole sampling, which asks for both prompts; its own layers are not warped."""
-    import comfy.cldm.cldm
-    import comfy.controlnet
-    import comfy.ops
-
-    model, of = made("SD1.5", pack, small_models), scattered(views)
-    config = {k: v for k, v in small_models.builders.SD15_UNET.items() if k not in ("out_channels", "use_temporal_attention", "use_temporal_resblock")}  # fmt: skip
-    with torch.inference_mode():
-        body = comfy.cldm.cldm.ControlNet(**config, num_heads=2, hint_channels=3, dtype=torch.float32, operations=comfy.ops.disable_weight_init)  # fmt: skip
-        small_models.builders.draw_weights(body, 3)
-        control = comfy.controlnet.ControlNet(body, load_device=model.load_device)
-        control = control.copy().set_cond_hint(numbers(3, 3, 128, 192, seed=6).sigmoid(), 0.8, (0.0, 1.0))
-    noise, states = given(model, 3)
-    got, without = (painted(patched(views, model, of), noise, states, control=c) for c in (control, None))
+def test_a_controlnet_is_heard_as_well(views, small_models, made):
+    """Core's ControlNet in a whole sampling, which asks for both prompts; its own layers are not warped. What no point of another view
+    reaches is what it is alone with its own hint."""
+    model, of, hints = made("SD1.5"), scattered(views), numbers(3, 3, 128, 192, seed=6).sigmoid()
+    control, (noise, states) = controlnet(small_models.builders, hints), given(model, 3)
+    got, without = (painted(patched(views, model, of), noise, states, control=c, steps=2) for c in (control, None))
     with by_hooks(views, model, of):
-        expected = painted(model, noise, states, control=control)
+        expected = painted(model, noise, states, control=control, steps=2)
     scale = expected.abs().max()
     assert (got - expected).abs().max() <= 1e-4 * scale and (got - without).abs().max() > 1e-2 * scale
+    pair = views.correspondences.Correspondences(3, of.size, {(1, 0): of.points[1, 0]})
+    got = painted(patched(views, model, pair), noise, states, control=control, steps=2)
+    for n, alike in enumerate((True, False, True)):
+        own = controlnet(small_models.builders, hints[n : n + 1])
+        alone = painted(model, noise[n : n + 1], states[n : n + 1], control=own, steps=2)
+        assert ((got[n] - alone[0]).abs().max() <= 1e-4 * scale) == alike
 
 
-def test_what_does_not_fit_is_said(views, pack, small_models):
-    model, of = made("SD1.5", pack, small_models), scattered(views)
+def test_what_does_not_fit_is_said(views, made):
+    model, of = made("SD1.5"), scattered(views)
     x, states = given(model, 3)
     for rows, prompts in ((2, [0]), (3, [1, 0])):
         with pytest.raises(ValueError, match=f"knows 3 views, and {rows} pictures are painted together"):
@@ -298,16 +306,16 @@ def test_what_does_not_fit_is_said(views, pack, small_models):
         patched(views, model, of, mode="both")
 
 
-def test_an_architecture_is_refused_by_name(views, pack, small_models):
+def test_an_architecture_is_refused_by_name(views, made):
     """In features; its latents can be warped, if they are those of pictures."""
-    of, model = scattered(views), made("Z-Image", pack, small_models)
+    of, model = scattered(views), made("Z-Image")
     with pytest.raises(ValueError, match="features of Lumina2 with NextDiT: use SD 1.5.*or the mode latents"):
         patched(views, model, of)
     strange = model.clone()
     strange.model = types.SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="SimpleNamespace with Linear"):
         patched(views, strange, of)
-    film = patched(views, made("Qwen-Image", pack, small_models), of, mode="latents")
+    film = patched(views, made("Qwen-Image"), of, mode="latents")
     x, one = given(film, 3)[0], torch.zeros(3, 77, 32)
     assert painted(film, x, one, steps=2).shape == x.shape
     with pytest.raises(ValueError, match=r"needs latents of pictures, and those of QwenImage are \(3, 16, 2, 16, 24\)"):

@@ -1,5 +1,7 @@
 """Warping on a grid of tokens, against a loop over them."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -40,31 +42,36 @@ def scattered(views, count=3, height=12, width=18, share=0.7, seed=1):
 
 
 def slow(views, of, x, strength, height, width, noise=False):
-    """(n, tokens, d): every token of every view by itself."""
+    """(n, tokens, d): every point of every pair of views by itself, then every token."""
     out, enough = x.double().clone(), views.warp.ENOUGH
     fine = [max(1, -(-side // measured)) for side, measured in zip((height, width), of.size, strict=True)]
     size = [n * m for n, m in zip(fine, of.size, strict=True)]
     for view in range(1, of.views):
+        inside = [inside_tokens(of.points[view, source], fine, size, height, width) for source in range(view)]
         for token in range(height * width):
-            row, column = divmod(token, width)
-            middle = ((column + 0.5) / width, (row + 0.5) / height)
             for source in range(view):
-                inside = []
-                for (px, py), (qx, qy) in zip(*(p.double().tolist() for p in of.points[view, source]), strict=True):
-                    for i in range(fine[0]):
-                        for j in range(fine[1]):
-                            dx, dy = (j - (fine[1] - 1) / 2) / size[1], (i - (fine[0] - 1) / 2) / size[0]
-                            if int((px + dx) * width) == column and int((py + dy) * height) == row:
-                                far = ((px + dx - middle[0]) * width) ** 2 + ((py + dy - middle[1]) * height) ** 2
-                                inside.append((far, qx + middle[0] - px, qy + middle[1] - py))
-                if inside and len(inside) >= enough * size[0] * size[1] / (height * width):
-                    _, qx, qy = min(inside, key=lambda each: each[0])
+                points = inside[source].get(divmod(token, width), [])
+                if points and len(points) >= enough * size[0] * size[1] / (height * width):
+                    _, qx, qy = min(points, key=lambda each: each[0])
                     origin = [min(max(int(q * side // 1), 0), side - 1) for q, side in ((qy, height), (qx, width))]
                     f1, f2 = out[source, origin[0] * width + origin[1]], out[view, token]
                     mixed = strength * f1 + (1 - strength) * f2
                     out[view, token] = mixed / ((strength**2 + (1 - strength) ** 2) ** 0.5 if noise else 1)
                     break
     return out
+
+
+def inside_tokens(points, fine, size, height, width) -> dict[tuple[int, int], list[tuple]]:
+    """By row and column of a token, for all that lies in it how far it is from the middle, and what the middle is in the other view."""
+    found = {}
+    for (px, py), (qx, qy) in zip(*(p.double().tolist() for p in points), strict=True):
+        for i, j in itertools.product(range(fine[0]), range(fine[1])):
+            x, y = px + (j - (fine[1] - 1) / 2) / size[1], py + (i - (fine[0] - 1) / 2) / size[0]
+            row, column = int(y * height), int(x * width)
+            middle = ((column + 0.5) / width, (row + 0.5) / height)
+            far = ((x - middle[0]) * width) ** 2 + ((y - middle[1]) * height) ** 2
+            found.setdefault((row, column), []).append((far, qx + middle[0] - px, qy + middle[1] - py))
+    return found
 
 
 @pytest.mark.parametrize("noise", [False, True])
