@@ -10,7 +10,7 @@ from pathlib import Path
 import comfy.model_management
 import folder_paths
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..training import captioner, captions
 from ..training.features import images_hash
@@ -18,7 +18,7 @@ from ..training.run import config_hash
 from .bridge import encoder_tokenizers
 from .dataset import CATEGORY
 from .features import managed
-from .progress import Reporter, told
+from .progress import Reporter
 
 FOLDER = "caption_models"  # of ComfyUI's models folder
 HUB = "hub id below"
@@ -209,7 +209,7 @@ class CaptionImages(io.ComfyNode):
         look = captions.warnings(made, token_counter(clip[0]) if clip else None)
         listed = [f"{i}. {caption}" for i, caption in enumerate(made, 1)]
         report = "\n".join([*counted, *(["Look at:", *(f"- {line}" for line in look)] if look else []), "", *listed])
-        return io.NodeOutput(made, report, ui=told(report))
+        return io.NodeOutput(made, report, ui=ui.PreviewText(report))
 
 
 NODES = [CaptionImages]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import comfy.model_management
 import folder_paths
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..training import folder as files
-from .progress import Reporter, told
+from .progress import Reporter
 
 CATEGORY = "Counterpoint/dataset"
 log = logging.getLogger("counterpoint")
@@ -144,7 +144,7 @@ class LoadDataset(io.ComfyNode):
             log.warning("Load Dataset: %s", line)
         report = files.report(str(folder), len(listing.entries), examples, skipped)
         columns = [[getattr(e, field) for e in examples] for field in ("image", "caption", "mask", "name")]
-        return io.NodeOutput(*columns, report, ui=told(report))
+        return io.NodeOutput(*columns, report, ui=ui.PreviewText(report))
 
 
 NODES = [LoadDataset]

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import folder_paths
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..training import artefact
 from ..training import embedding as files
 from ..training.sheet import to_image
 from .bridge import check_embedding_fits, what_does_not_meet, with_embeddings
-from .progress import told
 from .train_embedding import CATEGORY, EmbeddingType
 
 SUFFIX = artefact.SUFFIX
@@ -100,7 +99,7 @@ class SaveEmbedding(io.ComfyNode):
             for word, vectors in embedding.words(name).items()
         ]
         said = " and ".join(f"embedding:{file.stem}" for file in (first, *more))
-        return io.NodeOutput(first.stem, ui=told(f"Saved. In prompts: {said}"))
+        return io.NodeOutput(first.stem, ui=ui.PreviewText(f"Saved. In prompts: {said}"))
 
 
 def name_fault(name: str | None, saved: bool = False) -> str | None:

@@ -65,7 +65,7 @@ class FilterSet(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="The pictures of all sets, 2 or more for each set."),
                 io.String.Input("captions", force_input=True, tooltip=f"What each picture was asked for: {each}"),
-                io.Int.Input("sets", force_input=True, tooltip=f"The number of its set, {each}"),
+                io.Int.Input("sets", force_input=True, optional=True, tooltip=f"The number of its set, {each} Without it all pictures are of 1 set."),
                 io.Mask.Input("masks", optional=True, tooltip=f"White (1) where the object is, {each} Pictures are cut out by them before they are compared."),
                 FeaturesType.Input("identity", optional=True, tooltip="From Load Features: what objects are compared with. The bounds 0.7 and 0.98 are for DINOv2."),
                 io.Float.Input("least", default=filtering.LEAST, min=-1.0, max=1.0, step=0.01,
@@ -99,7 +99,7 @@ class FilterSet(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, images, captions, sets, masks=None, identity=None, clip_features=None, folder=None, **bounds
+        cls, images, captions, sets=None, masks=None, identity=None, clip_features=None, folder=None, **bounds
     ) -> io.NodeOutput:
         of = Pictures.given(images, captions, sets, masks)
         asked = Asked.given((identity or [None])[0], (clip_features or [None])[0], {k: v[0] for k, v in bounds.items()})
@@ -137,6 +137,7 @@ class Pictures:
     def given(cls, images, captions, sets, masks) -> Pictures:
         """Raises ValueError where numbers differ, or no set has two pictures."""
         pictures, own = ([single for batch in given or [] for single in batch.split(1)] for given in (images, masks))
+        sets = sets or [1] * len(pictures)
         for name, column in (("captions", captions), ("sets", sets), *([("masks", own)] if masks else [])):
             if len(column) != len(pictures):
                 raise ValueError(f"There are {len(column)} {name} for {len(pictures)} pictures: give 1 for each.")

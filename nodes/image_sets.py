@@ -7,13 +7,13 @@ from pathlib import Path
 
 import comfy.model_management
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..training import folder as files
 from ..training import image_sets
 from .dataset import CATEGORY, choices, roots
 from .generate import generate_set, painted_set, recipe_inputs, recipe_of, set_outputs
-from .progress import Reporter, told
+from .progress import Reporter
 from .prompts import lines
 
 log = logging.getLogger("counterpoint")
@@ -152,7 +152,7 @@ class LoadImageSets(io.ComfyNode):
         report = outcome(str(folder), first, count, kept, examples, skipped)
         return io.NodeOutput(
             [e.image for e in examples], [e.caption for e in examples], str(folder), [m.set for m in kept],
-            [e.mask for e in examples], [e.name for e in examples], report, ui=told(report),
+            [e.mask for e in examples], [e.name for e in examples], report, ui=ui.PreviewText(report),
         )  # fmt: skip
 
 

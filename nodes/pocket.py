@@ -6,14 +6,13 @@ import json
 import math
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..training.intervals import wilson
 from ..training.pocket import grammar
 from ..training.pocket.painter import FOCAL, RAISED, eyes, paint
 from ..training.pocket.world import ATTRIBUTES, FACTORS, HELD_OUT, MEDIUMS, SIZE, Scenes, sample_scenes
 from . import pocket_models
-from .progress import told
 from .views.geometry import looking_at
 
 CATEGORY = "Counterpoint/start"
@@ -261,7 +260,7 @@ class PocketJudge(io.ComfyNode):
 
 def _said(label: str, n: int, text: str, facts: dict) -> io.NodeOutput:
     line = f"{label + ': ' if label else ''}{text}; {n} pictures"
-    return io.NodeOutput(line, json.dumps({"label": label, "pictures": n, **facts}), ui=told(line))
+    return io.NodeOutput(line, json.dumps({"label": label, "pictures": n, **facts}), ui=ui.PreviewText(line))
 
 
 def pocket_size(images: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ import time
 
 import comfy.model_management
 import comfy.utils
-from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 
@@ -34,19 +33,6 @@ def finish(prompt_id: str, node_id: str) -> None:
     _finishing.add((prompt_id, node_id))
 
 
-def say(text: str, node_id: str) -> None:
-    log.info(text)
-    if server() and node_id:
-        server().send_progress_text(text, node_id)
-
-
-def told(text: str) -> ui.PreviewText:
-    """What a node has to say, as its ui. The page shows that under some nodes only, and a line of progress under all."""
-    context = get_executing_context()
-    say(text, context.node_id if context else "")
-    return ui.PreviewText(text)
-
-
 class Reporter:
     """Progress bar, interruption, live curve and preview of one running node."""
 
@@ -68,7 +54,9 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """A line of text on the node and in the log."""
-        say(text, self.address[1])
+        log.info(text)
+        if server() and self.address[1]:
+            server().send_progress_text(text, self.address[1])
 
     def finishing(self) -> bool:
         return self.address in _finishing

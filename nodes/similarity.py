@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..training import similarity
 from ..training.features import Extractor
 from ..training.intervals import mean_interval
 from .features import CATEGORY, FeaturesType
 from .metrics import CONNECTED, measure
-from .progress import told
 
 SHARE = "R-precision"
 
@@ -38,7 +37,7 @@ def said(what: str, columns: dict[str, torch.Tensor]) -> io.NodeOutput:
     scores = next(iter(columns.values()))
     count = "1 picture" if len(scores) == 1 else f"{len(scores)} pictures"
     line = f"{what}: {', '.join(parts)}; {count}"
-    return io.NodeOutput(scores.tolist(), line, json.dumps(facts), ui=told(line))
+    return io.NodeOutput(scores.tolist(), line, json.dumps(facts), ui=ui.PreviewText(line))
 
 
 class StyleSimilarity(io.ComfyNode):

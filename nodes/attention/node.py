@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..bridge import native_size
-from ..progress import told
 from .patch import FIRST_STEP, KEY, LAYERS, POSITIONS, How, found_masks, with_shared_attention
 
 CATEGORY = "Counterpoint/attention"
@@ -105,7 +104,7 @@ class SharedAttention(io.ComfyNode):
     ) -> io.NodeOutput:
         how = How(start, end, strength, layers, first_step, anchors, per_set, dropout, positions)
         shared = with_shared_attention(model, masks, how)
-        return io.NodeOutput(shared, ui=told(_cost(model, masks, how)))
+        return io.NodeOutput(shared, ui=ui.PreviewText(_cost(model, masks, how)))
 
 
 def _share(name: str, default: float, tooltip: str):
@@ -177,7 +176,7 @@ class SubjectMask(io.ComfyNode):
         shown = 100 * masks.mean().item()
         empty = int((masks.flatten(1).sum(1) == 0).sum())
         said = f"{len(masks)} masks, {shown:.0f} % white" + (f"; in {empty} nothing was found" if empty else "")
-        return io.NodeOutput(fitted[:, 0], ui=told(said))
+        return io.NodeOutput(fitted[:, 0], ui=ui.PreviewText(said))
 
 
 NODES = [SharedAttention, SubjectMask]

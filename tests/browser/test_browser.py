@@ -71,3 +71,26 @@ def test_a_node_shows_its_help(page, schemas, request):
     sentence = next(line for line in written.splitlines() if re.match(r"[A-Z][\w ,]{20,}", line))
     page.raw.get_by_text(re.match(r"[\w ,]+", sentence).group().strip(), exact=False).first.wait_for(timeout=15_000)
     page.shot(f"help, {request.node.callspec.params['page']}")
+
+
+STRENGTH = """(value) => {
+    const shares = app.graph._nodes.find((node) => node.type === "CounterpointSharedAttention" && node.mode === 0);
+    shares.widgets.find((widget) => widget.name === "strength").value = value;
+}"""
+SAVED = "() => app.graph.serialize().nodes.map((node) => [node.type, node.widgets_values ?? null])"
+
+
+def test_what_a_node_says_stands_under_it(page, request):
+    """And is no part of the saved graph."""
+    page.open_template("counterpoint", "10 one object, many scenes")
+    strength = (
+        0.9 if RENDERERS[request.node.callspec.params["page"]] else 0.8
+    )  # what the server has kept says nothing again
+    page.raw.evaluate(STRENGTH, strength)
+    before = page.raw.evaluate(SAVED)
+    assert page.press_run() == "execution_success"
+    said = page.raw.locator(".counterpoint-said")
+    said.filter(has_text="each picture sees its own 64 tokens").wait_for(timeout=15_000)
+    said.filter(has_text="4 masks").wait_for(timeout=15_000)
+    assert page.raw.evaluate(SAVED) == before
+    page.shot(f"said, {request.node.callspec.params['page']}")

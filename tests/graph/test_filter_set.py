@@ -297,3 +297,11 @@ def test_from_painting_to_keeping_on_pocket(graph, folders):
     second = json.loads((folders / "output" / "pocket" / "scores.json").read_text())
     for a, b in zip(first["sets"], second["sets"], strict=True):
         assert torch.allclose(torch.tensor(a["cosines"]), torch.tensor(b["cosines"]), atol=1e-4)
+
+
+def test_without_set_numbers_all_pictures_are_one_set(graph, filtered, collection):
+    images, captions, masks, _ = (part[:3] for part in collection)
+    prompt = filtered(of=(images, captions, masks, [1, 1, 1]))
+    numbered = kept(graph(prompt))
+    del prompt["1"]["inputs"]["sets"]
+    assert len(numbered) == 3 and [p.equal(q) for p, q in zip(kept(graph(prompt)), numbered, strict=True)] == [True] * 3
