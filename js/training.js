@@ -5,7 +5,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 // Each sends `counterpoint.progress` while it trains, and `counterpoint_loss` and `counterpoint_steps` in its ui when it is done.
-const TRAINERS = ["CounterpointTrainEmbedding", "CounterpointTrainStyleLora"];
+const TRAINERS = ["CounterpointTrainEmbedding", "CounterpointTrainStyleLora", "CounterpointTrainPrior"];
 const STEPS_DONE = "counterpoint_steps"; // the property
 const MORE = 200; // steps
 
@@ -48,7 +48,8 @@ const STYLE = `
   .counterpoint-training .low { bottom: 3px; }
   .counterpoint-training .foot { display: flex; gap: 8px; align-items: center; }
   .counterpoint-training .status { flex: 1; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }
-  .counterpoint-training .contrast { color: var(--descrip-text); white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+  .counterpoint-training .contrast { color: var(--descrip-text); display: -webkit-box; -webkit-box-orient: vertical;
+    -webkit-line-clamp: 2; overflow: hidden; }
   .counterpoint-training .contrast:empty, .counterpoint-training button[hidden] { display: none; }
   .counterpoint-training button { padding: 4px 10px; font: inherit; cursor: pointer; border-radius: 6px;
     color: var(--input-text); background: var(--comfy-input-bg); border: 1px solid var(--border-color); }
@@ -190,15 +191,23 @@ class Curve {
 const complain = (summary, detail) => app.extensionManager.toast.add({ severity: "error", summary, detail, life: 10000 });
 
 /** What there is of the figures that say how the training fares. */
-function figures({ cosine, removed, usual, signal, skipped }) {
+function figures({ cosine, removed, usual, signal, skipped, ...others }) {
   return [
-    cosine != null && `shared with negatives: cos ${cosine.toFixed(2)}, removed ${removed.toFixed(2)}`,
+    ofPrior(others),
+    cosine != null && removed != null && `shared with negatives: cos ${cosine.toFixed(2)}, removed ${removed.toFixed(2)}`,
     usual != null && `${usual.toFixed(2)} times as long as usual words`,
     signal != null && `signal ${signal.toFixed(2)} of the noise`,
     skipped > 0 && `${skipped} steps skipped`,
   ]
     .filter(Boolean)
     .join("; ");
+}
+
+/** Of a prior, told together or not at all: a collapsed one would win by its cosine, which stands last in case the line is cut. */
+function ofPrior({ frechet, diversity, norm, "centred cosine": centred }) {
+  if ([frechet, diversity, norm, centred].some((figure) => figure == null)) return "";
+  const told = { Frechet: frechet, diversity, length: norm, "centred cos": centred };
+  return `held out: ${Object.entries(told).map(([name, figure]) => `${name} ${figure.toFixed(2)}`).join(", ")}`;
 }
 
 /** Lowest and highest loss that the plot shows: all but the wildest 2 % on either side. */

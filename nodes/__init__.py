@@ -17,14 +17,17 @@ from . import (
     generate,
     guidance,
     image_sets,
+    image_tokens,
     inspect_dataset,
     metrics,
     pocket,
+    prior,
     progress,
     prompts,
     similarity,
     snapshots,
     train_embedding,
+    train_image_tokens,
     train_lora,
     views,
 )
@@ -40,6 +43,9 @@ FAMILIES = (
     train_embedding,
     train_lora,
     embedding,
+    train_image_tokens,
+    image_tokens,
+    prior,
     compare,
     snapshots,
     curves,
@@ -56,10 +62,11 @@ FAMILIES = (
 class Counterpoint(ComfyExtension):
     async def on_load(self) -> None:
         progress.register_routes()
-        words = Path(__file__).resolve().parents[1] / "models" / "embeddings"  # found after the user's own
-        folder_paths.add_model_folder_path("embeddings", str(words))
-        for name in (features.FOLDER, caption.FOLDER, filter_set.FOLDER):
+        ours = Path(__file__).resolve().parents[1] / "models"  # found after the user's own
+        folder_paths.add_model_folder_path("embeddings", str(ours / "embeddings"))
+        for name in (features.FOLDER, caption.FOLDER, filter_set.FOLDER, image_tokens.FOLDER, *prior.FOLDERS):
             folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
+        folder_paths.add_model_folder_path(prior.files.FOLDER, str(ours / prior.files.FOLDER))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for family in FAMILIES for node in family.NODES]

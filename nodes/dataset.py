@@ -24,7 +24,7 @@ def roots() -> dict[str, Path]:
 def choices() -> list[str]:
     """Every folder below input/ and output/ but those of what is kept, and at the end these two themselves."""
     found = [f"{root}/{name}" for root, place in roots().items() for name in files.subfolders(place)]
-    kept = tuple(f"output/counterpoint/{what}" for what in ("features", "captions", "filters"))
+    kept = tuple(f"output/counterpoint/{what}" for what in ("features", "captions", "filters", "pairs"))
     return [f for f in found if not f.startswith(kept)] + list(roots())
 
 

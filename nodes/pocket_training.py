@@ -28,7 +28,7 @@ from ..training.pocket import clip, grammar, instance, judge, painter, pictures,
 from ..training.pocket.fit import Fit, in_shares, initialise, processes, rank
 from ..training.run import Run
 from ..training.sheet import save_sheet
-from . import pocket_card, pocket_models, train_embedding, training_job
+from . import pocket_card, pocket_models, pocket_prior, train_embedding, training_job
 
 ROOT = Path(__file__).resolve().parents[1]
 VISION_STEPS, INSTANCE_STEPS = 6_000, 3_000
@@ -415,5 +415,7 @@ STAGES = {
     "unet": train_unet,
     "decoder": train_decoder,
     "word": learn_word,
+    "prior": lambda folder: rank() == 0 and pocket_prior.train_prior(folder),
+    "tokens": lambda folder: rank() == 0 and pocket_prior.train_tokens(folder),
     "card": write_card,
 }

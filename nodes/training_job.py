@@ -120,13 +120,8 @@ class Job:
         )  # fmt: skip
         self.mirror = values.get("mirror", False)
         self.contrastive = self.settings.method != "plain" and self.settings.strength > 0
-        self.caption_use = values["caption_use"]
-        if self.caption_use == "auto":
-            self.caption_use = "caption" if self.captions and not self.contrastive else "template"
         self._check()
-        captions = self.captions or [""] * len(self.images)
-        self.ways = ways_to_caption(captions, self.values["template"], self.caption_use)
-        self._check_tokens()
+        self.ways = self.captioned()
 
     # What a kind of training adds
 
@@ -158,21 +153,50 @@ class Job:
         """The node's first output, and a few words about it."""
         raise NotImplementedError
 
+    # What a kind of training without captions says otherwise
+
+    def captioned(self) -> list[list[str]]:
+        """For each picture what training may draw as its caption. Raises ValueError where captions and pictures do not match."""
+        self.caption_use, captions = self.values["caption_use"], self.captions
+        if self.caption_use == "auto":
+            self.caption_use = "caption" if captions and not self.contrastive else "template"
+        if self.values["template"].count(TOKEN) != 1:
+            raise ValueError(TEMPLATE)
+        if self.caption_use != "template" and len(captions) != len(self.images):
+            raise ValueError(
+                f"caption_use is {self.values['caption_use']!r} and there are {len(captions)} captions for {len(self.images)} pictures: "
+                "give 1 each, or use 'template'."
+            )
+        ways = ways_to_caption(captions or [""] * len(self.images), self.values["template"], self.caption_use)
+        self._check_tokens(ways)
+        return ways
+
+    def caption_settings(self) -> dict:
+        """What of the captions decides the result."""
+        said = "" if self.caption_use == "template" else hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()
+        return {"template": self.values["template"], "caption_use": self.caption_use, "captions": said[:16]}
+
+    def each_with(self) -> str:
+        """What the model is told of each picture, for the report."""
+        return CAPTIONED[self.caption_use]
+
+    def how(self) -> dict:
+        """How it was learned, for the file's header."""
+        return {**{k: getattr(self.settings, k) for k in ("method", "strength")}, "template": self.values["template"]}
+
+    def conditionings(self, words, prompt) -> tuple[list, list]:
+        """Of the four pictures of a preview, and what guidance leads away from; from what `previewed` gives."""
+        cond, empty = (words.encode_from_tokens_scheduled(words.tokenize(text)) for text in (prompt, ""))
+        return [cond] * 4, empty
+
     # What they share
 
     def _check(self) -> None:
         check_trainable(self.model, "MODEL")
         check_trainable(self.clip.patcher, "CLIP")
         n = len(self.images)
-        if self.values["template"].count(TOKEN) != 1:
-            raise ValueError(TEMPLATE)
         if not n:
             raise ValueError("There are no pictures to learn from: connect Load Dataset or Pocket Pictures.")
-        if self.caption_use != "template" and len(self.captions) != n:
-            raise ValueError(
-                f"caption_use is {self.values['caption_use']!r} and there are {len(self.captions)} captions for {n} pictures: "
-                "give 1 each, or use 'template'."
-            )
         self._check_masks()
         if not self.contrastive:
             self.negatives = []
@@ -205,9 +229,9 @@ class Job:
                     "learned, or leave the masks away. (A picture without transparency comes with such a mask.)"
                 )
 
-    def _check_tokens(self) -> None:
+    def _check_tokens(self, ways: list[list[str]]) -> None:
         asked = {t[0] for text in (self.values["template"], *self.captions) for t in TOKENS.finditer(text)}
-        if lost := sorted(asked - {t[0] for way in self.ways for text in way for t in TOKENS.finditer(text)}):
+        if lost := sorted(asked - {t[0] for way in ways for text in way for t in TOKENS.finditer(text)}):
             raise ValueError(
                 f"{lost[0]} stands in no caption that is learned from (each picture has {CAPTIONED[self.caption_use]}), so it would learn "
                 "nothing: write it into the captions, or choose another caption_use."
@@ -224,9 +248,7 @@ class Job:
     def _open_run(self) -> Run:
         decides = {k: v for k, v in asdict(self.settings).items() if k != "steps"}
         config = {
-            **decides, **self.decides(), "template": self.values["template"],
-            "caption_use": self.caption_use, "size": self.pixels, "images": images_hash(self.images),
-            "captions": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()[:16] if self.caption_use != "template" else "",
+            **decides, **self.decides(), **self.caption_settings(), "size": self.pixels, "images": images_hash(self.images),
             "negatives": images_hash(self.negatives), "model": fingerprint(self.model), "clip": fingerprint(self.clip), "vae": fingerprint(self.vae),
             **({"masks": images_hash(self.masks)} if self.masks else {}), **({"mirror": True} if self.mirror else {}),
         }  # fmt: skip
@@ -320,9 +342,9 @@ class Job:
         if not every or step % every or step == self.settings.steps:
             return None
         with torch.no_grad(), self.previewed(learned, model, clip) as (words, prompt):
-            cond, empty = (words.encode_from_tokens_scheduled(words.tokenize(text)) for text in (prompt, ""))
+            positives, negative = self.conditionings(words, prompt)
             recipe = Recipe("", self.pixels, self.pixels, 1, 12, self.family.cfg, "euler", "normal")
-            latents = sample(model, [cond] * 4, empty, recipe, [0, 1, 2, 3])
+            latents = sample(model, positives, negative, recipe, [0, 1, 2, 3])
             pictures = (
                 self.vae.decode(latents).flatten(0, -4).movedim(-1, 1)
             )  # a VAE of films gives pictures of 1 frame
@@ -351,13 +373,13 @@ class Job:
 
     def _result(self, run: Run, learned: Tensors, steps: int, said: list[str]) -> Done:
         facts = {
-            "method": self.settings.method, "strength": self.settings.strength, "steps": steps, "seed": self.settings.seed,
-            "template": self.values["template"], "base_model": fingerprint(self.model), "base_clip": fingerprint(self.clip),
+            **self.how(), "steps": steps, "seed": self.settings.seed,
+            "base_model": fingerprint(self.model), "base_clip": fingerprint(self.clip),
         }  # fmt: skip
         result, about = self.result(learned, run.folder.name, facts)
         report = (
             f"{self.settings.method} on {self.family.name}, {steps} steps on {len(self.images)} pictures at {self.pixels}, "
-            f"each with {CAPTIONED[self.caption_use]}, {about}, run {run.folder.name}. "
+            f"each with {self.each_with()}, {about}, run {run.folder.name}. "
         )
         records = run.history(steps)
         if records and records[-1].get("skipped"):

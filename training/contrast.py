@@ -65,7 +65,8 @@ class Contrast:
 
     def __init__(self, denoiser: Denoiser, latents: torch.Tensor, captions: list[list[str]], start: Tensors,
                  settings: Settings, negatives: torch.Tensor | None = None, masks: torch.Tensor | None = None):  # fmt: skip
-        """`captions[i]` are the ways of captioning picture i; each draw takes one of them. Where `masks` (n, 1, H, W), 0..1, are 0,
+        """`captions[i]` are the ways of captioning picture i; each draw takes one of them, or "". They are texts, or whatever else
+        `conditions` understands. Where `masks` (n, 1, H, W), 0..1, are 0,
         the pictures teach nothing; negatives are looked at whole."""
         self.denoiser, self.settings = denoiser, settings
         self.latents, self.negatives, self.captions, self.masks = latents, negatives, captions, masks

@@ -1,5 +1,6 @@
 """From text to image embedding: priors on the canvas."""
 
-from . import embedding, files, pairs, sample, train
+from . import embedding, files, pairs, sample, start, train
 
-NODES = [*pairs.NODES, *train.NODES, *files.NODES, *sample.NODES, *embedding.NODES]
+FOLDERS = (files.FOLDER, embedding.FOLDER)  # of ComfyUI's models folder
+NODES = [*pairs.NODES, *start.NODES, *train.NODES, *files.NODES, *sample.NODES, *embedding.NODES]

@@ -18,6 +18,7 @@ from .pairs import CATEGORY
 PATCHES = ("last_hidden_state", "penultimate_hidden_states", "all_hidden_states", "mm_projected", "image_sizes")
 FOLDER = "image_embeddings"  # of ComfyUI's models folder
 FORMAT = "image_embedding"
+EMPTY = f"there is none: save one, or put one into models/{FOLDER}"
 
 
 class ImageEmbedding(comfy.clip_vision.Output):
@@ -93,7 +94,9 @@ class MixImageEmbeddings(io.ComfyNode):
 
 def spherical(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
     """(1, d) between a and b (1, d): direction along the great circle (Shoemake 1985), length in proportion. Opposite and parallel
-    vectors, for which there is no such circle, are mixed along the line."""
+    vectors, for which there is no such circle, are mixed along the line. 0 is a and 1 is b, bit for bit."""
+    if share in (0, 1):
+        return b if share else a
     lengths = a.norm(), b.norm()
     if not min(lengths) > 0:
         return torch.lerp(a, b, share)
@@ -155,7 +158,7 @@ class LoadImageEmbedding(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "embedding",
-                    options=folder_paths.get_filename_list(FOLDER),
+                    options=folder_paths.get_filename_list(FOLDER) or [EMPTY],
                     tooltip="1 file in models/image_embeddings. Press R to see one you have just made.",
                 )
             ],
@@ -164,13 +167,15 @@ class LoadImageEmbedding(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, embedding):
-        if embedding is None:
+        if embedding in (None, EMPTY):  # a wire, or nothing to choose
             return float("nan")
         stat = Path(folder_paths.get_full_path_or_raise(FOLDER, embedding)).stat()
         return f"{stat.st_mtime_ns}-{stat.st_size}"
 
     @classmethod
     def execute(cls, embedding) -> io.NodeOutput:
+        if embedding == EMPTY:
+            raise ValueError(f"There is no image embedding yet: save one, or put one into models/{FOLDER} and press R.")
         return io.NodeOutput(load(Path(folder_paths.get_full_path_or_raise(FOLDER, embedding))))
 
 

@@ -38,6 +38,8 @@ def choices() -> list[str]:
 
 def find(name: str) -> Path:
     """Names with a path are never looked up."""
+    if name == EMPTY:
+        raise ValueError(f"There is no prior yet: train one, or put one into models/{FOLDER} and press R.")
     place = next((f / name for f in folders() if (f / name).exists()), None) if Path(name).name == name else None
     if place is None:
         raise ValueError(f"There is no prior {name!r} in models/{FOLDER}: put it there and press R, or choose another.")
@@ -99,7 +101,7 @@ class LoadPrior(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, prior):
-        if prior is None:  # a wire
+        if prior in (None, EMPTY):  # a wire, or nothing to choose
             return float("nan")
         stat = weights_file(find(prior)).stat()
         return f"{stat.st_mtime_ns}-{stat.st_size}"

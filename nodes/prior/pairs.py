@@ -18,10 +18,9 @@ from ...training.features import images_hash
 from ...training.prior.pairs import SHARD, Encoders, Pair, measured
 from ..dataset import roots
 from ..features import of_clip_vision
-from ..identity import fingerprint
 from ..metrics import CONNECTED, fault_of, fingerprint_of, set_inputs
 from ..progress import Reporter
-from .text import text_of
+from .text import identity, text_of
 
 CATEGORY = "Counterpoint/prior"
 PairsType = io.Custom("PAIRS")
@@ -76,9 +75,14 @@ class EmbedPairs(io.ComfyNode):
     def execute(cls, clip, clip_vision, images_folder, recursive, images=None, captions=None) -> io.NodeOutput:
         folder, skipped = images_folder[0], []
         if folder == CONNECTED:
-            parts, count = of_inputs(images, captions)
+            parts, count, without = of_inputs(images, captions)
         else:
-            parts, count = of_folder(folder, recursive[0], skipped)
+            parts, count, without = of_folder(folder, recursive[0], skipped)
+        if without == count:
+            raise ValueError(
+                f"None of the {count} pictures has a caption, and a prior learns from captions: write some as .txt files beside them, or use "
+                "Caption Images."
+            )
         reporter, encoders = Reporter(count), encoders_of(clip[0], clip_vision[0])
 
         def tell(done: int) -> None:
@@ -87,6 +91,8 @@ class EmbedPairs(io.ComfyNode):
 
         pairs = measured(parts, encoders, cache(), tell)
         said = f"{len(pairs)} pairs: {pairs.images.shape[1]} numbers for each picture, {pairs.pooled.shape[1]} for each caption."
+        if without:
+            said += f" {without} captions are empty."
         if skipped:
             said += f" {len(skipped)} skipped, {skipped[0]} for one."
         return io.NodeOutput(pairs, said, ui=ui.PreviewText(said))
@@ -100,11 +106,11 @@ def encoders_of(clip, vision) -> Encoders:
     def read(captions: list[str]):
         return text_of(clip, captions).texts
 
-    return Encoders(fingerprint(clip), read, of_clip_vision(vision))
+    return Encoders(identity(clip), read, of_clip_vision(vision))
 
 
-def of_inputs(images: list[torch.Tensor] | None, captions: list[str] | None) -> tuple[list[Part], int]:
-    """Parts of connected pictures and captions."""
+def of_inputs(images: list[torch.Tensor] | None, captions: list[str] | None) -> tuple[list[Part], int, int]:
+    """Parts of connected pictures and captions, how many pictures there are, and how many without a caption."""
     if not images:
         raise ValueError("There are no pictures: connect some, or choose a folder in images_folder.")
     pictures = [picture for batch in images for picture in batch.split(1)]
@@ -114,31 +120,19 @@ def of_inputs(images: list[torch.Tensor] | None, captions: list[str] | None) -> 
             f"There are {len(captions)} captions for {len(pictures)} pictures: a prior learns which picture belongs to which caption, so give "
             "1 each, from Load Dataset or Caption Images."
         )
-    check_captions(captions)
     parts = []
     for start in range(0, len(pictures), SHARD):
         some = list(zip(pictures[start : start + SHARD], captions[start : start + SHARD], strict=True))
         said = hashlib.sha256(json.dumps([c for _, c in some]).encode()).hexdigest()
         parts.append((images_hash(p for p, _ in some) + said, lambda some=some: iter(some)))
-    return parts, len(pictures)
+    return parts, len(pictures), sum(not c.strip() for c in captions)
 
 
-def check_captions(captions: list[str]) -> None:
-    empty = sum(not c.strip() for c in captions)
-    if empty == len(captions):
-        raise ValueError(
-            "None of the pictures has a caption, and a prior learns from captions: write some as .txt files beside them, or use Caption Images."
-        )
-    if empty:
-        log.warning("Embed Pairs: %s of %s captions are empty.", empty, len(captions))
-
-
-def of_folder(folder: str, recursive: bool, skipped: list[str]) -> tuple[list[Part], int]:
-    """Parts of a folder, read when they are asked for; what cannot be read is named in `skipped`."""
+def of_folder(folder: str, recursive: bool, skipped: list[str]) -> tuple[list[Part], int, int]:
+    """The same of a folder, read when it is asked for; what cannot be read is named in `skipped`."""
     entries = files.find(folder, recursive, roots()).entries
 
     def read(some: list[files.Entry]) -> Iterator[Pair]:
-        captions = []
         for entry in some:
             try:
                 example = files.load(entry, files.How())
@@ -146,12 +140,11 @@ def of_folder(folder: str, recursive: bool, skipped: list[str]) -> tuple[list[Pa
                 skipped.append(f"{entry.name}: {error}")
                 log.warning("Embed Pairs skipped %s", skipped[-1])
                 continue
-            captions.append(example.caption)
             yield example.image, example.caption
-        check_captions(captions)
 
     chunks = [entries[start : start + SHARD] for start in range(0, len(entries), SHARD)]
-    return [(files.fingerprint(some), lambda some=some: read(some)) for some in chunks], len(entries)
+    parts = [(files.fingerprint(some), lambda some=some: read(some)) for some in chunks]
+    return parts, len(entries), sum(entry.caption is None for entry in entries)
 
 
 NODES = [EmbedPairs]

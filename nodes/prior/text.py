@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import comfy.model_management
 import torch
 
 from ...training.prior.pairs import Texts
+from ..identity import fingerprint
 
 TEXTS = 32  # prompts in one pass
 FILES = {  # whose projection fits, by width
@@ -46,6 +48,18 @@ def text_of(clip, prompts: list[str], width: int | None = None) -> Reading:
             made.append(_encoded(encoder, sections[start : start + TEXTS], clip.patcher.load_device))
     warnings = [_too_long(prompt) for prompt, parts in zip(prompts, read, strict=True) if len(parts) > 1]
     return Reading(Texts(*(torch.cat(rows) for rows in zip(*made, strict=True))), warnings)
+
+
+def identity(clip, width: int | None = None) -> str:
+    """12 hex digits of the encoder that `text_of` asks, with its LoRAs: the same whichever files the CLIP came in, and whatever is
+    beside it (other encoders, clip skip, learned words)."""
+    name, encoder = chosen_encoder(clip, width)
+    before = f"{name}.transformer."
+    own = {
+        part: {k.removeprefix(before): v for k, v in getattr(clip.patcher, part).items() if k.startswith(before)}
+        for part in ("patches", "backup", "object_patches")
+    }
+    return fingerprint(SimpleNamespace(model=encoder.transformer, **own))
 
 
 def _too_long(prompt: str) -> str:

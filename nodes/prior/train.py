@@ -1,29 +1,32 @@
-"""Fit Start Distribution, Train Prior."""
+"""Train Prior."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import NamedTuple
 
 import comfy.model_management
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ...training.learning_curves import PRIOR, learning_curves, logged, trailing_mean
 from ...training.loop import Diverged, train
-from ...training.prior.network import Shape, drawn
+from ...training.prior.network import SIZES, drawn, shape_of
 from ...training.prior.pairs import Pairs
 from ...training.prior.prior import Prior
-from ...training.prior.starts import KINDS, StartDistribution, fit, unexplained
+from ...training.prior.starts import StartDistribution, fit
 from ...training.prior.trainer import PriorTrainer, Settings, apart
 from ...training.run import Run
+from ..features import managed
 from ..progress import Reporter
 from ..training_job import plottable, run_folder, thinned
 from .pairs import CATEGORY, PairsType
+from .start import StartType
 
-PriorType, StartType = io.Custom("PRIOR"), io.Custom("START_DISTRIBUTION")
+PriorType = io.Custom("PRIOR")
 
 
 class Preset(NamedTuple):
@@ -39,55 +42,18 @@ PRESETS = {
     "recommended": Preset("whitened", 1.0, "cosine", "uniform"),
     "paper": Preset("clusters as published", 5.0, "linear", "P2"),
 }
-SIZES = {"auto": None, "small": (128, 4, 4), "medium": (256, 6, 4), "large": (512, 12, 8)}
+CLUSTERS, EACH = 1024, 8  # of the preset that has any: as many as in the paper, of so many pairs at the least
 
 
-class FitStartDistribution(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="CounterpointFitStartDistribution",
-            display_name="Fit Start Distribution",
-            category=CATEGORY,
-            description="Where a prior begins: not at pure noise but near the embeddings that real pictures have. What counts is how wide it "
-            "is; where its middle lies does nearly nothing.",
-            search_aliases=["shifted diffusion", "corgi", "clusters", "whitening", "ridge"],
-            inputs=[
-                PairsType.Input("pairs", tooltip="From Embed Pairs; 2 at the least."),
-                io.Combo.Input(
-                    "kind",
-                    options=list(KINDS),
-                    default="whitened",
-                    tooltip="whitened: mean and spread of all pictures. ridge: a mean computed from the text. clusters: k-means of the captions. "
-                    "clusters as published: 1024 Gaussians in the paper, chosen by cosine. none: pure noise.",
-                ),
-                io.Int.Input("clusters", default=64, min=1, max=4096, tooltip="How many, for the 2 kinds that have clusters."),
-                io.Float.Input(
-                    "scale", default=1.0, min=0.05, max=10.0, step=0.05,
-                    tooltip="Times the spread of the pictures: 1 is right; the paper's 5 gives most of what is won away.",
-                ),
-                io.Int.Input("seed", default=0, min=0, max=2**31, control_after_generate=False, advanced=True, tooltip="Draws where k-means begins, 0 and up."),
-            ],
-            outputs=[
-                StartType.Output(display_name="start", tooltip="To Train Prior."),
-                io.String.Output(display_name="report", tooltip="How much of the pictures' variance it leaves open."),
-            ],
-        )  # fmt: skip
-
-    @classmethod
-    def execute(cls, pairs, kind, clusters, scale, seed) -> io.NodeOutput:
-        stop = comfy.model_management.throw_exception_if_processing_interrupted
-        rows, held = apart(len(pairs), 0)
-        start = fit(
-            kind, pairs.pooled[rows], pairs.images[rows], clusters, torch.Generator().manual_seed(seed), scale, stop
-        )
-        judged = held or rows
-        left = unexplained(start, pairs.pooled[judged], pairs.images[judged])
-        said = (
-            f"{kind}, fitted to {len(rows)} pairs: around its middle lies {left:.2f} of the variance of {len(judged)} "
-        )
-        said += "pictures that it has not seen." if held else "of them."
-        return io.NodeOutput(start, said, ui=ui.PreviewText(said))
+@contextlib.contextmanager
+def on_device(network: torch.nn.Module) -> Iterator[torch.device]:
+    """While it lasts, a network lies where ComfyUI computes, under its memory management; afterwards nothing of it is left there."""
+    patcher = managed(network)
+    try:
+        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+        yield patcher.load_device
+    finally:
+        patcher.detach()
 
 
 class TrainPrior(io.ComfyNode):
@@ -110,19 +76,19 @@ class TrainPrior(io.ComfyNode):
                     tooltip="recommended: start at the spread of the pictures, cosine schedule, all noise levels alike. paper: Shifted Diffusion as "
                     "published: clusters at 5 times their spread, linear schedule, weight 1 - alpha-bar.",
                 ),
-                io.Int.Input("steps", default=2000, min=1, max=1_000_000, tooltip="2000 for Pocket (2 minutes on two cores), 20 000 and more for a large CLIP."),
+                io.Int.Input("steps", default=2000, min=1, max=1_000_000, tooltip="2000 for Pocket; 20 000 and more for a large CLIP."),
                 io.Int.Input("batch", default=64, min=1, max=4096, tooltip="Captions per step, 64; each with 4 noises."),
                 io.Float.Input(
                     "learning_rate", default=0.001, min=0.0, max=0.1, step=0.0001, round=0.00001,
                     tooltip="0.001 for small and medium, 0.0003 for large.",
                 ),
                 io.Combo.Input(
-                    "network", options=list(SIZES), default="auto",
+                    "network", options=["auto", *SIZES], default="auto",
                     tooltip="How large it is: small 0.9, medium 5, large 39 million numbers. auto: small for Pocket, large for CLIPs of 512 numbers and more.",
                 ),
                 io.Float.Input("empty", default=0.1, min=0.0, max=0.9, step=0.05, tooltip="Share of captions left empty, 0.1, so that guidance has something to compare with."),
                 io.Int.Input("seed", default=0, min=0, max=2**31, control_after_generate=False, tooltip="Another seed, another run: 0 and up."),
-                io.Int.Input("look_every", default=200, min=0, max=100_000, advanced=True, tooltip="Steps between looks at 64 captions that were held out; 0 for none."),
+                io.Int.Input("look_every", default=200, min=0, max=100_000, advanced=True, tooltip="Steps between looks at the captions that were held out, a tenth and at most 256; 0 for none."),
                 io.String.Input("run", default="", advanced=True, tooltip="Folder under output/counterpoint for checkpoints and the log; empty makes one from the settings (8 characters of their hash)."),
                 StartType.Input("start", optional=True, tooltip="From Fit Start Distribution, 1, in the place of the preset's own."),
             ],
@@ -150,9 +116,13 @@ class PriorJob:
     def __init__(self, pairs: Pairs, preset: Preset, network: str, start: StartDistribution | None, values: dict):
         rows, _ = apart(len(pairs), values["seed"])
         self.pairs = pairs
-        self.start = start or fit(preset.start, pairs.pooled[rows], pairs.images[rows], scale=preset.scale)
+        self.start = start or fit(
+            preset.start, pairs.pooled[rows], pairs.images[rows], min(CLUSTERS, max(1, len(rows) // EACH)), scale=preset.scale,
+            tell=comfy.model_management.throw_exception_if_processing_interrupted,
+        )  # fmt: skip
         self.settings = Settings(schedule=preset.schedule, weight=preset.weight, **values)
-        self.shape = shape_of(pairs, network)
+        length, width = pairs.words
+        self.shape = shape_of(pairs.images.shape[1], pairs.pooled.shape[1], width, length, network)
 
     def run(self, name: str, look_every: int) -> tuple[Prior, list[dict], str, str]:
         settings = self.settings
@@ -162,44 +132,57 @@ class PriorJob:
             **self.start.metadata(),
         }  # fmt: skip
         with Run(run_folder(name, "train-prior", config), config, {"steps": settings.steps}) as run:
-            device, reporter = comfy.model_management.get_torch_device(), Reporter(settings.steps)
-            with torch.inference_mode(False), torch.enable_grad():
-                network = drawn(self.shape, torch.Generator().manual_seed(settings.seed))
-                trainer = PriorTrainer(self.pairs, network, self.start, settings, device, look_every)
-                done, problem = self._follow(trainer, run, reporter)
-                figures, prior = trainer.look(), trainer.finished()
-            prior.facts |= {"steps": done, "pairs": len(self.pairs), "figures": figures}
-            records, report = run.history(done), self._report(prior, problem)
+            reporter = Reporter(settings.steps)
+            try:
+                prior, problem = self._train(run, reporter, look_every)
+            except comfy.model_management.OOM_EXCEPTION as error:
+                raise ValueError(
+                    f"A step of {settings.batch} captions, each with {settings.draws} noises, does not fit into memory: choose a batch of "
+                    f"{max(1, settings.batch // 2)}, or a smaller network."
+                ) from error
+            records, report = run.history(prior.facts["steps"]), self._report(prior, problem)
             reporter.say(report)
             return prior, records, report, run.folder.name
 
+    def _train(self, run: Run, reporter: Reporter, look_every: int) -> tuple[Prior, str]:
+        settings = self.settings
+        comfy.model_management.unload_all_models()  # the pairs are measured, and training wants the memory
+        with torch.inference_mode(False), torch.enable_grad():
+            network = drawn(self.shape, torch.Generator().manual_seed(settings.seed))
+            with on_device(network) as device:
+                trainer = PriorTrainer(self.pairs, network, self.start, settings, device, look_every)
+                done, problem = self._follow(trainer, run, reporter)
+                figures, prior = trainer.look(), trainer.finished()
+        prior.facts |= {"steps": done, "pairs": len(self.pairs), "figures": figures}
+        return prior, problem
+
     def _follow(self, trainer: PriorTrainer, run: Run, reporter: Reporter) -> tuple[int, str]:
-        done = (run.load_checkpoint() or (0,))[0]
+        done, state = run.load_checkpoint() or (0, {})
+        if done >= self.settings.steps:
+            trainer.load_state_dict(state)
+            return done, "This run is complete: its result was taken from disk."
+        told: dict[str, float] = {}  # with the last look's figures, as the browser does not hear of every step
         with contextlib.closing(train(trainer, run, self.settings.steps)) as steps:
             try:
                 for progress in steps:
                     done = progress.step
                     looked = "frechet" in progress.scalars
-                    reporter.update(progress, learning_curves(logged(run.history()), 20, PRIOR) if looked else None)
+                    told |= progress.scalars
+                    plot = learning_curves(logged(run.history()), 20, PRIOR) if looked else None
+                    reporter.update(progress, plot, **told)
                     if reporter.finishing():
                         return done, f"Finished early, at step {done} of {progress.steps}, because you asked."
             except Diverged as error:
-                return done, f"{error}: training stopped at step {done}. Try a smaller learning rate."
+                said = f"{error}: training stopped at step {done} and kept the last good state."
+                return done, f"{said} Try a smaller learning rate."
         return done, ""
 
     def _report(self, prior: Prior, problem: str) -> str:
         size, figures = sum(p.numel() for p in prior.network.parameters()) / 1e6, prior.facts["figures"]
         said = f"{prior.facts['steps']} steps on {len(self.pairs)} pairs, {size:.1f} million numbers, start {self.start.kind}. "
         if figures:
-            said += "Captions it has not seen: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()) + ". "
+            said += "On captions it has not seen: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()) + ". "
         return said + problem
-
-
-def shape_of(pairs: Pairs, network: str) -> Shape:
-    length, width = pairs.words
-    dim, text_dim = pairs.images.shape[1], pairs.pooled.shape[1]
-    own = SIZES[network] or SIZES["small" if max(dim, width) <= 256 else "large"]
-    return Shape(dim, text_dim, width, *own, length)
 
 
 def digest(*tensors: torch.Tensor) -> str:
@@ -210,4 +193,4 @@ def digest(*tensors: torch.Tensor) -> str:
     return found.hexdigest()[:16]
 
 
-NODES = [FitStartDistribution, TrainPrior]
+NODES = [TrainPrior]

@@ -4,11 +4,13 @@ import importlib
 import json
 
 import pytest
+import torch
 
-from evidence import attention, held_out, learn_style, learn_style_lora, nsync, subject, toy_style
+from evidence import attention, held_out, learn_style, learn_style_lora, nsync, prior, subject, toy_style
 from harness import claim as claims
 from harness.boot import ROOT
 from harness.claim import Claim, Plan
+from harness.small_nets import numbers
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLAIM = Claim(
@@ -269,3 +271,47 @@ def test_the_readmes_tables_of_shared_attention_come_from_the_results(pack):
     assert f"scenes more alike too ({paired(pack, everything, 'StyleAligned', 'unshared', 'scenes apart')})" in said
     assert f"words minus one anchor {paired(pack, unsaid, words, anchor, 'identity')})" in said
     assert f"keep more of their places ({paired(pack, unsaid, words, anchor, 'place followed')})" in said
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_paper_and_released_code_sample_as_published(pack, released):
+    """Of Zhou et al.: respaced betas, the mean of the posterior with its shift written as they do, variance beta, levels 999 to 0."""
+    process, starts = (
+        importlib.import_module(f"{pack.__name__}.training.prior.{name}") for name in ("process", "starts")
+    )
+    clusters = starts.of_clusters(numbers(3, 4, seed=1).double(), numbers(3, 4, seed=2).double().abs() + 0.2)
+    texts, noise = numbers(5, 4, seed=3).double(), [numbers(5, 4, seed=10 + i).double() for i in range(8)]
+    kept, start = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0), clusters.start(texts)
+
+    def network(z, t):
+        return 0.7 * z.sin() - 0.001 * t
+
+    std, grid, asked = start.scale * (not released), [0, 143, 285, 428, 571, 714, 856, 999], []
+    z = start.mean + std * noise[0]
+    for i in reversed(range(8)):
+        x0, now = network(z, grid[i]), kept[grid[i]]
+        before = kept[grid[i - 1]] if i else torch.ones(())
+        beta = 1 - now / before
+        c1, c2 = beta * before.sqrt() / (1 - now), (1 - beta).sqrt() * (1 - before) / (1 - now)
+        c3 = beta * (1 - before.sqrt()) / (1 - now)
+        mean = clusters.start(x0).mean if released else start.mean
+        z = (
+            c1 * x0
+            + c2 * z
+            + (c3 - c2 * (1 - (1 - beta).sqrt())) * mean
+            + (i > 0) * beta.sqrt() * std * noise[8 - i - (i == 0)]
+        )
+
+    def predict(x, t):
+        asked.append(t)
+        return network(x, t)
+
+    name = "released" if released else "fixed large"
+    *_, made = prior.as_published(name, clusters, predict, start, process.schedule("linear"), 8, iter(noise))
+    assert asked == grid[::-1] and torch.allclose(made, z, atol=1e-12)
+    again = [-x for x in noise]
+    *_, other = prior.as_published(name, clusters, predict, start, process.schedule("linear"), 8, iter(again))
+    assert torch.equal(made, other) == released
+    asked.clear()
+    list(prior.as_published(name, clusters, predict, start, process.schedule("linear"), 1, iter(noise)))
+    assert asked == [0], "one step is asked at the level of least noise"

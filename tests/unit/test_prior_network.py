@@ -157,7 +157,7 @@ def test_many_embeddings_share_one_reading(network, time):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(network, dtype):
-    net = network.drawn(network.default_shape(128, 128, 128, 77), torch.Generator().manual_seed(0))
+    net = network.drawn(network.shape_of(128, 128, 128, 77), torch.Generator().manual_seed(0))
     with torch.no_grad():
         net.proj_to_clip_embeddings.weight.normal_(generator=torch.Generator().manual_seed(1))
         states, pooled, mask = texts((4, 30), 128)
@@ -196,7 +196,7 @@ def test_drawn_networks(network):
     generator is left alone."""
     before = torch.get_rng_state()
     one, two, other = (
-        network.drawn(network.default_shape(128, 96, 64, 77), torch.Generator().manual_seed(s)) for s in (3, 3, 4)
+        network.drawn(network.shape_of(128, 96, 64, 77), torch.Generator().manual_seed(s)) for s in (3, 3, 4)
     )
     assert before.equal(torch.get_rng_state())
     assert all(a.equal(b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
@@ -221,8 +221,9 @@ def test_parameters(network):
         assert round(millions(network.Shape(dim, dim, dim, 2048, 20, 32, 77)), 1) == count
     assert round(millions(network.Shape(1280, 1280, 1280, 512, 10, 16, 77, False)) * 4) == 137  # ECLIPSE's file, in MB
     for dim, states in ((768, 768), (1024, 1024), (1280, 1280)):
-        assert 38 <= millions(network.default_shape(dim, dim, states, 77)) <= 44
-    assert 4 <= millions(network.default_shape(128, 128, 128, 77)) <= 6
+        assert 38 <= millions(network.shape_of(dim, dim, states, 77)) <= 44
+    assert 0.8 <= millions(network.shape_of(128, 128, 128, 77)) <= 1
+    assert 4 <= millions(network.shape_of(128, 128, 128, 77, "medium")) <= 6
 
 
 def test_what_does_not_fit_is_refused(network):

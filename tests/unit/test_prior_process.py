@@ -135,6 +135,7 @@ def test_levels_fall_evenly_from_the_top_and_never_reach_0(process):
         gaps = {a - b for a, b in itertools.pairwise([*grid, 0])}
         assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
     assert process.levels(1) == [999]
+    assert process.levels(8) == [999, 874, 749, 624, 500, 375, 250, 125]
     assert process.levels(3, top=30) == [30, 20, 10]
 
 

@@ -189,6 +189,15 @@ def test_many_steps_follow_the_flow_of_probability(prior, name, sampler):
     assert errors[1] < 0.01 and errors[1] < errors[0] / 8
 
 
+def test_after_the_end_of_flow_there_is_nothing_to_carry_on(prior):
+    """Its last level is infinitely far away in log-SNR: two steps are DDIM's, exactly, and the third is not."""
+    states = [
+        list(prior.samplers.sample(any_network, start_of(prior), prior.process.schedule("flow"), prior.process.levels(6), iter([doubles(3, 5, seed=10)]), sampler))
+        for sampler in DETERMINISTIC
+    ]  # fmt: skip
+    assert all(torch.equal(states[0][i], states[1][i]) for i in (0, 1)) and not torch.equal(states[0][2], states[1][2])
+
+
 def test_carrying_on_is_nearer_at_few_steps(prior):
     mean, covariance, start = toy(prior)
     for name in SCHEDULES:

@@ -119,6 +119,13 @@ def test_ridge_is_never_worse_than_the_mean(starts, count):
         assert starts.unexplained(fitted, *theirs) <= 1.02 * starts.unexplained(mean, *theirs)
 
 
+def test_texts_that_say_nothing_are_not_listened_to(starts):
+    """Where every strength does worse than none, the weights are 0 and not just small."""
+    drawn = [(numbers(12, 48, seed=2 * i), numbers(12, 8, seed=2 * i + 1)) for i in range(20)]
+    silent = [not starts.fit("ridge", *pair).tensors["start.linear.weight"].any() for pair in drawn]
+    assert sum(silent) > 10
+
+
 @pytest.mark.parametrize("count", [40, 500, 3000])
 def test_the_deviation_is_what_is_left_on_texts_not_seen(starts, count):
     """Also where there are fewer pairs than the 48 numbers of a text, which could be learned by heart."""
@@ -140,10 +147,11 @@ def test_pictures_of_one_caption_do_not_judge_each_other(starts):
 
 
 def test_captions_that_are_all_the_same_leave_the_mean(starts):
-    text, image = torch.ones(50, 4), numbers(50, 8, seed=1)
+    text, image = torch.full((50, 4), 0.1), numbers(50, 8, seed=1)
     fitted = starts.fit("ridge", text, image)
     mean, scale = fitted.start(text[:1])
     assert torch.allclose(mean[0], image.mean(0), atol=1e-5) and torch.allclose(scale, image.std(0), rtol=0.05)
+    assert torch.allclose(fitted.start(text[:1] + 0.5).mean, mean, atol=1e-5)
 
 
 def test_kmeans_is_the_other_librarys_from_the_same_seeds(starts):
@@ -173,8 +181,8 @@ def test_seeds_are_drawn_by_the_square_of_their_distance(starts):
 
 def test_an_empty_cluster_takes_the_farthest_row(starts, monkeypatch):
     """Seeds that are all but one: the last stays without rows until it is given some."""
-    x = torch.tensor([[0.0], [0.1], [0.2], [9.0]]).double()
-    monkeypatch.setattr(starts, "_seeds", lambda *_: torch.tensor([[0.0], [5.0], [500.0]]).double())
+    x = torch.tensor([[100.0], [100.1], [100.2], [109.0]]).double()
+    monkeypatch.setattr(starts, "_seeds", lambda *_: torch.tensor([[100.0], [105.0], [600.0]]).double())
     centroids, index = starts.kmeans(x, 3, generator())
     assert len(index.unique()) == 3 and torch.allclose(centroids[index[3]], x[3])
 
@@ -254,7 +262,7 @@ BAD_PAIRS = {
     "few different texts": ("clusters", torch.eye(6)[:3].repeat(30, 1), numbers(90, 6), "3 different texts for 64 clusters"),
     "few different pictures": ("clusters as published", numbers(90, 6), torch.eye(6)[:3].repeat(30, 1), "3 different pictures"),
     "widths without a cosine": ("clusters as published", numbers(90, 5), numbers(90, 6), "5 numbers have no cosine with .* 6"),
-    "one picture again and again": ("whitened", PAIR[0], torch.ones(20, 6), "All 20 image embeddings are the same"),
+    "one picture again and again": ("whitened", PAIR[0], torch.full((20, 6), 0.1), "All 20 image embeddings are the same"),
     "no number": ("ridge", PAIR[0], BROKEN, "image embedding of pair 5 has numbers that are not finite"),
 }  # fmt: skip
 

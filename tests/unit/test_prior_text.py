@@ -122,6 +122,30 @@ def test_learned_words_count_as_they_are_long(text, clips, bridge):
     assert learned == plain + 3
 
 
+def test_whose_text_it_is(text, clips, bridge):
+    """The encoder's own weights and their LoRAs count; clip skip, learned words, and what is beside it do not."""
+    clip = clips("SDXL")
+    own = text.identity(clip)
+    skipping = clip.clone()
+    skipping.clip_layer(-2)
+    worded = bridge.with_embeddings(clip, {"word": {"clip_g": torch.ones(1, WIDTH)}})
+    with torch.inference_mode():
+        beside, moved = clip.clone(), clip.clone()
+        for other, encoder in ((beside, "clip_l"), (moved, "clip_g")):
+            name = f"{encoder}.transformer.text_model.final_layer_norm.bias"
+            assert other.add_patches({name: ("diff", (torch.full((WIDTH,), 0.25),))})
+    assert (
+        own
+        == text.identity(clips("SDXL"), WIDTH)
+        == text.identity(skipping)
+        == text.identity(worded)
+        == text.identity(beside)
+    )
+    assert text.identity(moved) != own != text.identity(clips("SD2"))
+    text.text_of(moved, ["a cat"])  # its LoRA now lies in the weights that all three share
+    assert text.identity(clip) == own != text.identity(moved)
+
+
 def test_pocket(text, pack):
     """Its pooled text is projected already."""
     clip = pack.nodes.pocket_models.load_clip()

@@ -48,10 +48,14 @@ class Shape:
         return self.text_length + 1 + self.added
 
 
-def default_shape(dim: int, text_dim: int, states_dim: int, text_length: int) -> Shape:
-    """About 40 million parameters for CLIPs of 768 to 1280 numbers, 5 million for one as small as Pocket's (128)."""
-    width, layers = (256, 6) if max(dim, states_dim) <= 256 else (512, 12)
-    return Shape(dim, text_dim, states_dim, width, layers, width // 64, text_length)
+SIZES = {"small": (128, 4, 4), "medium": (256, 6, 4), "large": (512, 12, 8)}  # width, layers, heads
+
+
+def shape_of(dim: int, text_dim: int, states_dim: int, text_length: int, size: str = "auto") -> Shape:
+    """By a name of SIZES; auto is small for CLIPs as small as Pocket's (128 numbers), else large, about 40 million parameters."""
+    if size == "auto":
+        size = "small" if max(dim, states_dim) <= 256 else "large"
+    return Shape(dim, text_dim, states_dim, *SIZES[size], text_length)
 
 
 class Prefix(NamedTuple):

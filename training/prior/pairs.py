@@ -48,9 +48,10 @@ class Encoders:
 class Pairs:
     """n captions and n pictures. PAIRS on the canvas."""
 
-    def __init__(self, shards: list[dict[str, torch.Tensor]], nothing: Texts, text: str, image: str):
-        """`nothing` is the empty caption; `text` and `image` are the identities of the encoders."""
-        self.nothing, self.text, self.image = nothing, text, image
+    def __init__(self, shards: list[dict[str, torch.Tensor]], nothing: Texts, text: str, image: str, space: str = ""):
+        """`nothing` is the empty caption; `text` and `image` are the identities of the encoders; `space` names the image encoder for
+        people."""
+        self.nothing, self.text, self.image, self.space = nothing, text, image, space
         self.pooled, self.images = (torch.cat([s[k] for s in shards]).float() for k in ("pooled", "image"))
         self._words = [(s["states"], s["mask"]) for s in shards]  # mapped files: what is not drawn is not read
         self._ends = list(itertools.accumulate(len(states) for states, _ in self._words))
@@ -82,26 +83,37 @@ def measured(
     tell: Callable[[int], None] = lambda n: None,
 ) -> Pairs:
     """Pairs of SHARD pictures for each of `parts` (the last may have fewer): a key that changes with its contents, and what reads
-    them; a part that is in `cache` is not read. `tell(n)` as they come. Raises ValueError on numbers that are not finite."""
+    them; a part that is in `cache` is not read, and one that gives nothing is left out. `tell(n)` as they come. Raises ValueError
+    where there is nothing at all, and on numbers that are not finite."""
     shards, done = [], 0
     for key, read in parts:
         name = hashlib.sha256(f"{encoders.text} {encoders.images.identity} {key}".encode()).hexdigest()[:16]
         file = cache / f"{name}{artefact.SUFFIX}"
         if not file.exists():
-            artefact.write(file, _shard(read(), encoders, lambda n, before=done: tell(before + n)), {"key": key})
+            made = _shard(read(), encoders, lambda n, before=done: tell(before + n))
+            if not made:
+                continue
+            artefact.write(file, made, {"key": key})
         shards.append(artefact.read(file)[0])
         done += len(shards[-1]["image"])
         tell(done)
-    return Pairs(shards, encoders.read([""]), encoders.text, encoders.images.identity)
+    if not shards:
+        raise ValueError("None of the pictures could be read: look at them, or choose another folder.")
+    space = f"{encoders.images.name}, {shards[0]['image'].shape[1]} numbers"
+    return Pairs(shards, encoders.read([""]), encoders.text, encoders.images.identity, space)
 
 
 def _shard(pairs: Iterator[Pair], encoders: Encoders, tell: Callable[[int], None]) -> dict[str, torch.Tensor]:
-    captions = []
+    """{} where there is no pair."""
+    captions: list[str] = []
 
     def pictures() -> Iterator[torch.Tensor]:
-        for picture, caption in pairs:
+        for picture, caption in itertools.chain(first, pairs):
             captions.append(caption)
             yield picture
+
+    if not (first := list(itertools.islice(pairs, 1))):
+        return {}
 
     images = extract(encoders.images, pictures(), tell).values
     pooled, states, mask = (x.cpu() for x in encoders.read(captions))

@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from .. import artefact
 from .network import PriorNetwork, Shape, empty
 from .pairs import Texts
-from .process import LEVELS, SCHEDULES, Norm, Start, levels, noised, schedule
+from .process import LEVELS, SCHEDULES, Start, levels, noised, schedule
 from .samplers import guided, sample
 from .starts import StartDistribution
 
 FORMAT = "clip_prior"
 NETWORK = "net."
+AT_ONCE = 64  # embeddings of each text in one call of the network; their row of attention grows with the square
 
 
 @dataclass
@@ -58,18 +59,37 @@ def sampled(prior: Prior, texts: Texts, negative: Texts | None, seeds: list[int]
     """(n, len(seeds), d) on the CPU: for each of n texts an embedding for each seed; its noise is the seed's own, the same for every text
     and whatever else is drawn.
 
-    `negative` is one text, the empty one as a rule; it is asked for where there is guidance. All texts are read once, and a step is one
-    call of the network. `image` (1, d) is what is varied, where there is one. `tell(step)` after each step. Raises ValueError for what
-    does not fit.
+    `negative` is one text, the empty one as a rule; it is asked for where there is guidance. Texts are read once for 64 seeds, and a
+    step of those is one call of the network. `image` (1, d) is what is varied, where there is one. `tell(step)` after each of
+    `steps_of(prior, how, len(seeds))` steps. Raises ValueError for what does not fit.
     """
+    if prior.one_shot and image is not None:
+        raise ValueError(
+            "A one-shot prior answers from the text alone and cannot vary a picture: disconnect the picture, or use another prior."
+        )
+    made, before = [], 0
+    for at in range(0, len(seeds), AT_ONCE):
+        some = seeds[at : at + AT_ONCE]
+        made.append(_sampled(prior, texts, negative, some, how, image, lambda step, before=before: tell(before + step)))
+        before += steps_of(prior, how, len(some))
+    return torch.cat(made, 1)
+
+
+def steps_of(prior: Prior, how: Sampling, seeds: int) -> int:
+    """How often `sampled` tells."""
+    return -(-seeds // AT_ONCE) * (1 if prior.one_shot else how.steps)
+
+
+def _sampled(prior, texts, negative, seeds, how, image, tell) -> torch.Tensor:
     count, each, device = len(texts.pooled), len(seeds), next(prior.network.parameters()).device
     noise = (x.to(device) for x in _noises(seeds, count, prior.dim))
     if prior.one_shot:
         said = prior.network(next(noise), None, _read(prior, texts, device))
-        return _units(prior, device).x0(said).view(count, each, -1).cpu()
+        tell(1)
+        return prior.start.norm.to(device).x0(said).view(count, each, -1).cpu()
     if how.guidance != 1 and negative is None:
         raise ValueError("Guidance compares with an empty text, and there is none: give it, or set guidance to 1.")
-    begin, table = _repeated(prior.start.start(texts.pooled), each, device), schedule(prior.schedule)
+    begin, table = prior.start.start(texts.pooled).repeated(each).to(device), schedule(prior.schedule)
     places = levels(how.steps, max(how.steps, round((LEVELS - 1) * how.variation)))
     predict = _predicted(prior, texts, negative, how, places, begin, device)
     varied = None if image is None else noised(image.to(device), next(noise), table.level(places[0]), begin)
@@ -82,7 +102,7 @@ def sampled(prior: Prior, texts: Texts, negative: Texts | None, seeds: list[int]
 
 def _predicted(prior, texts, negative, how: Sampling, places: list[int], begin: Start, device):
     """What the samplers ask: x0 (n, d) of z at a level, guided where it is to be."""
-    table, units = schedule(prior.schedule), _units(prior, device)
+    table, units = schedule(prior.schedule), prior.start.norm.to(device)
     alone = both = _read(prior, texts, device)
     if how.guidance != 1:
         count = len(texts.pooled)
@@ -105,14 +125,6 @@ def _predicted(prior, texts, negative, how: Sampling, places: list[int], begin: 
 def _read(prior: Prior, texts: Texts, device):
     states = texts.states.to(device) if prior.network.shape.text_length else None
     return prior.network.read(states, texts.pooled.to(device), texts.mask.to(device))
-
-
-def _units(prior: Prior, device) -> Norm:
-    return Norm(*(x.to(device) for x in prior.start.norm))
-
-
-def _repeated(start: Start, each: int, device) -> Start:
-    return Start(*(x.to(device).repeat_interleave(each, 0) if x.ndim == 2 else x.to(device) for x in start))
 
 
 def _noises(seeds: list[int], count: int, dim: int) -> Iterator[torch.Tensor]:
@@ -146,6 +158,9 @@ def load(path: Path) -> Prior:
 
 
 def of_file(name: str, tensors: Mapping[str, torch.Tensor], said: Mapping[str, str]) -> Prior:
+    lacking = [k for k in ("arch", "schedule", "clamp", "one_shot", "text", "image", "space", "facts") if k not in said]
+    if lacking:
+        raise ValueError(f"{name} is not whole: its header lacks {', '.join(lacking)}. Save it again.")
     network = empty(Shape(**json.loads(said["arch"])))
     own = {k.removeprefix(NETWORK): v for k, v in tensors.items() if k.startswith(NETWORK)}
     try:
@@ -158,4 +173,8 @@ def of_file(name: str, tensors: Mapping[str, torch.Tensor], said: Mapping[str, s
     names = {k: said[k] for k in ("schedule", "text", "image", "space")}
     if names["schedule"] not in SCHEDULES:
         raise ValueError(f"{name} was made with the schedule {names['schedule']!r}, which is not known here.")
-    return Prior(network.requires_grad_(False).eval(), StartDistribution.of_file(tensors, said), **kept, **names)
+    try:
+        start = StartDistribution.of_file(tensors, said)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be used. {error}") from error
+    return Prior(network.requires_grad_(False).eval(), start, **kept, **names)

@@ -35,6 +35,7 @@ SHAPES = {  # d numbers of an image embedding, t of a text embedding, K clusters
 }  # fmt: skip
 
 LEAST_STD = 1e-4  # of the typical one: a coordinate that hardly varies would be divided by nearly 0
+ROUNDING = 1e-12  # of the largest number: equal rows differ from their mean by less
 ROUNDS = 50  # of k-means, if it does not settle before
 BLOCK = 4096  # rows of a table of distances
 FROM_ALL = 10.0  # pictures' worth of a wider variance in that of a cluster, which may have few
@@ -184,7 +185,7 @@ def moments(x: torch.Tensor, what: str) -> Norm:
     """Mean and standard deviation of each coordinate of x (n, d). Raises ValueError where all rows are the same."""
     std = x.std(0)
     typical = std.square().mean().sqrt()
-    if not typical > 0:
+    if not typical > ROUNDING * x.abs().max():
         raise ValueError(
             f"All {len(x)} {what} are the same, so there is nothing to learn: use different pictures and captions."
         )
@@ -232,7 +233,8 @@ def _text_moments(text: torch.Tensor) -> Norm:
     """Texts that are all the same say nothing, which is no error: then nothing is divided."""
     mean, std = text.mean(0), text.std(0)
     typical = std.square().mean().sqrt()
-    return Norm(mean, torch.where(std > LEAST_STD * typical, std, typical if typical > 0 else 1.0))
+    typical = typical if typical > ROUNDING * text.abs().max() else torch.ones_like(typical)
+    return Norm(mean, torch.where(std > LEAST_STD * typical, std, typical))
 
 
 def _paired(image: torch.Tensor, index: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,11 +15,11 @@ from . import measures
 from .network import PriorNetwork
 from .pairs import Pairs, Texts
 from .prior import Prior, Sampling, sampled
-from .process import LEVELS, WEIGHTS, Norm, Start, noised, schedule
+from .process import LEVELS, WEIGHTS, noised, schedule
 from .starts import StartDistribution
 
 WARM_UP = 100  # steps
-LOOKED_AT = 64  # held-out captions, 4 embeddings each
+LOOKED_AT = 256  # held-out captions, 4 embeddings each
 EACH = 4
 
 
@@ -54,14 +54,19 @@ class PriorTrainer:
         self.look_every = look_every
         self.pairs, self.settings, self.device = pairs, settings, device
         self.network = network.to(device).train()
-        self.prior = Prior(network, start, settings.schedule, text=pairs.text, image=pairs.image)
+        self.prior = Prior(network, start, settings.schedule, text=pairs.text, image=pairs.image, space=pairs.space)
+        if len(start.norm.mean) != network.shape.dim:
+            raise ValueError(
+                f"The start distribution is for embeddings of {len(start.norm.mean)} numbers and these pairs have {network.shape.dim}: fit it "
+                "to the same pairs."
+            )
         self.rows, self.held = apart(len(pairs), settings.seed)
         if len(self.rows) < settings.batch:
             raise ValueError(
                 f"There are {len(self.rows)} pairs to learn from and a step takes {settings.batch}: choose a batch of at most "
                 f"{len(self.rows)}, or give more pictures."
             )
-        self.units = Norm(*(x.to(device) for x in start.norm))
+        self.units = start.norm.to(device)
         self.optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate, (0.9, 0.99), weight_decay=0.01)
         self.average = {k: v.detach().clone() for k, v in network.named_parameters()}
 
@@ -69,11 +74,11 @@ class PriorTrainer:
         settings = self.settings
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + i)
         loss = self.loss(generator)
-        if not math.isfinite(loss.item()):
-            raise Diverged(f"The loss was not a number at step {i + 1}")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         gradient = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        if not math.isfinite(loss.item() + gradient.item()):
+            raise Diverged(f"The loss was not a number at step {i + 1}")
         for group in self.optimiser.param_groups:
             group["lr"] = settings.learning_rate * self._share(i)
         self.optimiser.step()
@@ -92,18 +97,13 @@ class PriorTrainer:
         levels = (spread * LEVELS).long().clamp_max(LEVELS - 1)
         eps = torch.randn(count, self.prior.dim, generator=generator).to(self.device)
         x0 = pairs.images[rows].repeat_interleave(settings.draws, 0).to(self.device)
-        start, level = self.begins(rows), table.rows(levels, x0)
+        start = self.prior.start.start(pairs.pooled[rows]).repeated(settings.draws).to(self.device)
+        level = table.rows(levels, x0)
         prefix = self.network.read(texts.states, texts.pooled, texts.mask)
         said = self.network(
             self.units.shown(noised(x0, eps, level, start), level, start), levels.to(self.device), prefix
         )
         return ((said - self.units.whitened(x0)).square() * WEIGHTS[settings.weight](level)).mean()
-
-    def begins(self, rows: list[int]) -> Start:
-        """For each draw of each row."""
-        found = self.prior.start.start(self.pairs.pooled[rows])
-        wide = (x.repeat_interleave(self.settings.draws, 0) if x.ndim == 2 else x for x in found)
-        return Start(*(x.to(self.device) for x in wide))
 
     def left_empty(self, texts: Texts, generator: torch.Generator) -> Texts:
         """Some of them as the empty caption."""
