@@ -18,6 +18,7 @@ from .embedding import RUN, source_file
 CATEGORY = "Counterpoint/image tokens"
 ImageTokensType = io.Custom("IMAGE_TOKENS")
 FOLDER = "image_tokens"  # of ComfyUI's models folder
+BEHIND = "image_tokens"  # in a conditioning: how many of its tokens are no text
 EMPTY_FOLDER = "there is none: train some, or put a file into models/image_tokens"
 
 
@@ -85,7 +86,10 @@ def empty_prompt(projector: Projector) -> list:
 
 def with_tokens(conditioning: list, tokens: torch.Tensor) -> list:
     """CONDITIONING with tokens (n, k, width) behind the text of each entry; areas, masks and summaries stay."""
-    return [[appended(states, tokens), facts] for states, facts in conditioning]
+    return [
+        [appended(states, tokens), {**facts, BEHIND: facts.get(BEHIND, 0) + tokens.shape[1]}]
+        for states, facts in conditioning
+    ]
 
 
 def turned_down(conditioning: list, projector: Projector, weight: float) -> list:
@@ -97,7 +101,7 @@ def turned_down(conditioning: list, projector: Projector, weight: float) -> list
         pooled = facts.get("pooled_output")
         if pooled is not None and POOLED in projector.tensors:
             facts = {**facts, "pooled_output": torch.lerp(projector.tensors[POOLED].to(pooled), pooled, weight)}
-        made.append([projector.weighted(states, weight), facts])
+        made.append([projector.weighted(states, weight, facts.get(BEHIND, 0)), facts])
     return made
 
 
@@ -170,7 +174,7 @@ def sources() -> list[str]:
     left = [
         RUN + file.relative_to(root).as_posix()
         for config in sorted(root.glob("*/config.json"))
-        if "clip_vision" in json.loads(config.read_text())["config"]
+        if {"tokens", "clip_vision"} <= json.loads(config.read_text())["config"].keys()
         for file in sorted(config.parent.glob("snapshots/*.safetensors"))
     ]
     return [*saved, *left] or [EMPTY_FOLDER]

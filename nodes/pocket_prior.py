@@ -23,7 +23,7 @@ from . import image_tokens, pocket_models, train_image_tokens, training_job
 from .prior.pairs import encoders_of
 
 PICTURES, STEPS = 12_000, 3_000
-TOKEN_PICTURES, TOKEN_STEPS = 2_000, 1_500
+TOKEN_PICTURES, TOKEN_STEPS = 2_000, 2_500
 log = logging.getLogger("counterpoint.pocket")
 
 

@@ -159,23 +159,30 @@ class Projector:
         """(1, k, width) the tokens for no picture, to guide away from."""
         return self.tensors[NULL][None]
 
-    def weighted(self, states: torch.Tensor, weight: float) -> torch.Tensor:
+    def weighted(self, states: torch.Tensor, weight: float, behind: int = 0) -> torch.Tensor:
         """States (n, tokens, width) of texts turned down towards the empty prompt, section by section; 1 leaves them, 0 is the empty
-        prompt, as it was in training. What stands behind the last whole section is not text and stays."""
+        prompt, as it was in training. The last `behind` are not text, nor is what does not fill a section; they stay."""
+        check_width(self.width, states)
         empty = self.tensors[EMPTY].to(states)
-        sections = states.shape[1] // len(empty)
-        text, rest = states.split([sections * len(empty), states.shape[1] - sections * len(empty)], 1)
+        sections = (states.shape[1] - behind) // len(empty)
+        text, rest = states[:, : sections * len(empty)], states[:, sections * len(empty) :]
         return torch.cat([torch.lerp(empty.repeat(sections, 1), text, weight), rest], 1)
+
+
+def check_width(width: int, states: torch.Tensor) -> None:
+    """Raises ValueError for states of a text encoder of another width."""
+    if states.shape[2] != width:
+        raise ValueError(
+            f"These image tokens have {width} numbers each and the conditioning has {states.shape[2]}: they were trained on another kind of "
+            "model."
+        )
 
 
 def appended(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """States (m, tokens, width) of texts with tokens (n, k, width) behind them. Row by row where there are as many; one text goes with
     every picture, one picture with every text. Raises ValueError for other numbers of rows and for another width."""
-    (texts, _, width), (pictures, _, own) = states.shape, tokens.shape
-    if own != width:
-        raise ValueError(
-            f"These image tokens have {own} numbers each and the conditioning has {width}: they were trained on another kind of model."
-        )
+    check_width(tokens.shape[2], states)
+    texts, pictures = len(states), len(tokens)
     if texts != pictures and 1 not in (texts, pictures):
         raise ValueError(
             f"There are {pictures} image embeddings for {texts} prompts: give 1 embedding, or 1 prompt, or as many of one as of the other."

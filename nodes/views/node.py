@@ -11,7 +11,7 @@ from . import sources
 from .correspondences import Correspondences, at_most, found, from_depth, sampled
 from .drawing import lines, to_tensor
 from .geometry import Camera, orbit, read_camera
-from .patch import FEATURES, MODES, with_feature_warp
+from .patch import FEATURES, LATENTS, MODES, with_feature_warp
 from .raster import Solid, read_mesh, render
 from .sources import CATEGORY, CorrespondencesType
 
@@ -143,8 +143,8 @@ class FeatureWarp(io.ComfyNode):
                 io.Float.Input("strength", default=1.0, **share, tooltip="1: a point of a later view is that of the first that sees it; 0.5: half of each; 0: off."),
                 io.Float.Input("start", default=0.0, **share, advanced=True, tooltip="Share of the sampling after which it begins: 0 is from the first step."),
                 io.Float.Input("end", default=0.2, **share, tooltip="Share of the sampling after which it stops: 0.2 as in SynCD, for the form; later for details."),
-                io.Combo.Input("mode", options=list(MODES), default=FEATURES,
-                               tooltip=f"{MODES[0]}: what attention reads, as in the paper. {MODES[1]}: the picture itself, stronger, any model. 1 of 2."),
+                io.Combo.Input("mode", options=list(MODES), default=LATENTS,
+                               tooltip=f"{FEATURES}: what attention reads, as in the paper. {LATENTS}: the picture itself, as in its released code; stronger, any model. 1 of 2."),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="To the sampler, with all views in 1 batch.")],
         )  # fmt: skip

@@ -102,9 +102,7 @@ def diffusers_loop(prior, texts, nothing, seeds: list[int]) -> Way:
 
 
 def pocket(pack):
-    return pack.training.prior.prior.load(
-        pack.nodes.pocket_models.MODELS / "clip_priors" / "pocket-prior.safetensors", None
-    )
+    return pack.training.prior.prior.load(pack.nodes.pocket_models.MODELS / "clip_priors" / "pocket-prior.safetensors")
 
 
 def large(pack):
@@ -178,5 +176,32 @@ def outside(pack, prior, texts, nothing) -> float:
 
 
 def waiting(pack) -> float:
-    """Share of a step of training, on cached pairs of Pocket, that is not forward, backward or the optimiser."""
-    raise NotImplementedError
+    """Share of a step of training, on pairs from a file, that goes into drawing them and their noise."""
+    import torch
+
+    prior, world, grammar = pack.training.prior, pack.training.pocket.world, pack.training.pocket.grammar
+    encoders = pack.nodes.prior.pairs.encoders_of(
+        pack.nodes.pocket_models.load_clip(), pack.nodes.pocket_models.load_vision()
+    )
+    scenes = world.sample_scenes(prior.pairs.SHARD, 11)
+
+    def painted():
+        for start in range(0, len(scenes.shape), 64):
+            pictures = pack.training.pocket.painter.paint(scenes[start : start + 64]).image.movedim(1, -1)
+            yield from zip(pictures.split(1), said_of[start : start + 64], strict=True)
+
+    said_of = grammar.captions(scenes, 11)
+    with torch.inference_mode():
+        pairs = prior.pairs.measured(
+            [("bench", painted)], encoders, Path(tempfile.mkdtemp(prefix="counterpoint-bench-"))
+        )
+    start = prior.starts.fit("whitened", pairs.pooled, pairs.images)
+    network = prior.network.drawn(
+        prior.network.shape_of(128, 128, *pairs.words[::-1]), torch.Generator().manual_seed(0)
+    )
+    trainer = prior.trainer.PriorTrainer(pairs, network, start, prior.trainer.Settings())
+    steps = iter(range(10_000))
+    draw = lambda: [trainer.drawn(torch.Generator().manual_seed(i)) for i in range(10)]  # noqa: E731
+    step = lambda: [trainer.step(next(steps)) for _ in range(10)]  # noqa: E731
+    drawing, stepping = interleaved({"draw": draw, "step": step}, ROUNDS)
+    return drawing.median / stepping.median

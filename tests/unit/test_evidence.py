@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from evidence import attention, held_out, learn_style, learn_style_lora, nsync, prior, subject, toy_style
+from evidence import attention, held_out, learn_style, learn_style_lora, nsync, prior, subject, toy_style, views
 from harness import claim as claims
 from harness.boot import ROOT
 from harness.claim import Claim, Plan
@@ -315,3 +315,24 @@ def test_paper_and_released_code_sample_as_published(pack, released):
     asked.clear()
     list(prior.as_published(name, clusters, predict, start, process.schedule("linear"), 1, iter(noise)))
     assert asked == [0], "one step is asked at the level of least noise"
+
+
+def test_the_readmes_table_of_feature_warp_comes_from_the_results(pack):
+    claim, said = views.CLAIM, " ".join(README.split())
+    found = claims.records(claim, (views.CONDITION,), claim.confirm.seeds)
+    assert set(found) == set(claim.confirm.arms) and all(len(runs) == 6 for runs in found.values())
+    assert claims.table(claim, (views.CONDITION,), views.README, claim.confirm.seeds) in README
+    unshared, early, late, features, rendered = (
+        mean(found[arm], "texture alike")
+        for arm in ("unshared", "latents, end 0.2", "latents, end 1.0", "features, end 1.0", "rendered, one object")
+    )
+    assert (
+        f"share no pattern ({unshared})" in said
+        and f"most of it ({late}; the painter's own pictures {rendered})" in said
+    )
+    page = (ROOT / "js" / "docs" / "CounterpointFeatureWarp.md").read_text(encoding="utf-8")
+    assert (
+        f"by {unshared} without it, by {early} with latents until 0.2 of the sampling, by {late} with latents to the end"
+        in page
+    )
+    assert f"by {features} with features to the end; in the painter's own pictures by {rendered}." in page

@@ -192,6 +192,11 @@ def test_a_text_is_turned_down_to_the_empty_prompt(it, empty):
         text[:, 2 * TEXT :]
     )
     assert torch.allclose(file.weighted(text, 0.25), 0.75 * nothing + 0.25 * text, atol=1e-5)
+    assert file.weighted(text, 0.0, behind=TEXT)[:, TEXT:].equal(text[:, TEXT:]), (
+        "tokens of other pictures, however many"
+    )
+    with pytest.raises(ValueError, match="have 8 numbers each and the conditioning has 9"):
+        file.weighted(torch.zeros(1, TEXT, WIDTH + 1), 0.5)
 
 
 @pytest.mark.parametrize("texts, pictures, rows", [(1, 1, 1), (1, 3, 3), (3, 1, 3), (3, 3, 3)])

@@ -15,7 +15,7 @@ from . import measures
 from .network import PriorNetwork
 from .pairs import Pairs, Texts
 from .prior import Prior, Sampling, sampled
-from .process import LEVELS, WEIGHTS, noised, schedule
+from .process import LEVELS, WEIGHTS, Start, noised, schedule
 from .starts import StartDistribution
 
 WARM_UP = 100  # steps
@@ -88,22 +88,26 @@ class PriorTrainer:
 
     def loss(self, generator: torch.Generator) -> torch.Tensor:
         """Mean squared error of x0, in units of the embeddings' own spread, over a batch and its draws."""
-        settings, pairs, table = self.settings, self.pairs, schedule(self.settings.schedule)
+        texts, x0, eps, levels, start = self.drawn(generator)
+        level = schedule(self.settings.schedule).rows(levels, x0)
+        prefix = self.network.read(texts.states, texts.pooled, texts.mask)
+        shown = self.units.shown(noised(x0, eps, level, start), level, start)
+        missed = self.network(shown, levels, prefix) - self.units.whitened(x0)
+        return (missed.square() * WEIGHTS[self.settings.weight](level)).mean()
+
+    def drawn(self, generator: torch.Generator) -> tuple[Texts, torch.Tensor, torch.Tensor, torch.Tensor, Start]:
+        """A batch: b texts, and for each draw of each its true embedding (n, d), noise (n, d), level (n) and start."""
+        settings, pairs = self.settings, self.pairs
         picked = torch.randint(len(self.rows), (settings.batch,), generator=generator).tolist()
         rows = [self.rows[p] for p in picked]
         texts = self.left_empty(pairs.texts(rows), generator).to(self.device)
         count = settings.batch * settings.draws
         spread = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-        levels = (spread * LEVELS).long().clamp_max(LEVELS - 1)
+        levels = (spread * LEVELS).long().clamp_max(LEVELS - 1).to(self.device)
         eps = torch.randn(count, self.prior.dim, generator=generator).to(self.device)
         x0 = pairs.images[rows].repeat_interleave(settings.draws, 0).to(self.device)
         start = self.prior.start.start(pairs.pooled[rows]).repeated(settings.draws).to(self.device)
-        level = table.rows(levels, x0)
-        prefix = self.network.read(texts.states, texts.pooled, texts.mask)
-        said = self.network(
-            self.units.shown(noised(x0, eps, level, start), level, start), levels.to(self.device), prefix
-        )
-        return ((said - self.units.whitened(x0)).square() * WEIGHTS[settings.weight](level)).mean()
+        return texts, x0, eps, levels, start
 
     def left_empty(self, texts: Texts, generator: torch.Generator) -> Texts:
         """Some of them as the empty caption."""
