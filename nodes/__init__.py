@@ -66,7 +66,8 @@ class Counterpoint(ComfyExtension):
         folder_paths.add_model_folder_path("embeddings", str(ours / "embeddings"))
         for name in (features.FOLDER, caption.FOLDER, filter_set.FOLDER, image_tokens.FOLDER, *prior.FOLDERS):
             folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
-        folder_paths.add_model_folder_path(prior.files.FOLDER, str(ours / prior.files.FOLDER))
+        for name in (prior.files.FOLDER, image_tokens.FOLDER):
+            folder_paths.add_model_folder_path(name, str(ours / name))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for family in FAMILIES for node in family.NODES]
