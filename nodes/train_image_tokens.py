@@ -31,7 +31,7 @@ from .training_job import Job, output
 
 READS = (comfy.supported_models.SD15, comfy.supported_models.SD20, comfy.supported_models.SDXL)
 PLAIN = {"method": "plain", "strength": 0.0}  # there are no negatives
-RATE = "0 takes 0.0005; Pocket, which is small, takes 0.004."
+RATE = "0 takes 0.001; Pocket, which is small, takes 0.01. A LoRA learns at 0.3 of it."
 SHARED = {each.id: each for each in (*time_inputs(RATE, snapshots=500), *last_inputs(), *later_inputs())}
 
 
@@ -56,10 +56,10 @@ class TrainImageTokens(io.ComfyNode):
                 io.Image.Input("images", tooltip="Pictures of what you want to paint from, no captions: 400 taught Pocket; the more, the better. 1 is the least."),
                 io.Int.Input("tokens", default=4, min=1, max=64, tooltip="How many words an embedding becomes; 4 as in IP-Adapter, up to 64."),
                 io.Int.Input("rank", default=8, min=0, max=256, tooltip="0 learns the tokens alone. With 8 the layers by which pictures look at words learn too, as a LoRA; up to 256."),
-                io.Int.Input("steps", default=0, min=0, max=200000, tooltip="0 takes 400 for Pocket; 5000 elsewhere, which was not measured: look at the previews."),
+                io.Int.Input("steps", default=0, min=0, max=200000, tooltip="0 takes 500 for Pocket; 5000 elsewhere, which was not measured: look at the previews."),
                 io.Int.Input("batch", default=8, min=1, max=64, tooltip="Pictures per step; 8 is usual. Made smaller if memory is short."),
                 SHARED["learning_rate"],
-                io.Float.Input("noise", default=0.3, min=0.0, max=2.0, step=0.05, tooltip="Noise of up to this many standard deviations on the embeddings, so that those of a prior serve too; 0 is none."),
+                io.Float.Input("noise", default=0.1, min=0.0, max=2.0, step=0.05, tooltip="Noise of up to this many standard deviations on the embeddings, so that those of a prior serve too; 0 is none."),
                 io.Float.Input("empty", default=0.1, min=0.0, max=0.9, step=0.05, tooltip="Share of pictures that are left out; they teach the tokens for no picture, from which CFG leads away. 0.1 is usual."),
                 *(SHARED[name] for name in ("seed", "preview_every", "snapshot_every", "weighting", "size", "run", "mirror", "memory")),
             ],
@@ -101,7 +101,7 @@ class TokenJob(Job):
 
     def own_values(self) -> dict:
         small = self.family.name == "Pocket"
-        return {"steps": 400 if small else 5000, "learning_rate": 0.004 if small else 0.0005}
+        return {"steps": 500 if small else 5000, "learning_rate": 0.01 if small else 0.001}
 
     def decides(self) -> dict:
         own = {k: self.values[k] for k in ("tokens", "rank", "noise")}

@@ -26,6 +26,7 @@ WEIGHT, BIAS, GAIN, SHIFT, NULL = PROJECTION = ("proj.weight", "proj.bias", "nor
 MEAN, STD, EMPTY, POOLED = "embedding.mean", "embedding.std", "empty.states", "empty.pooled"
 LEAST_STD = 0.01  # of the typical one: a number that hardly varies over the pictures would be divided by nearly 0
 CROSS_ATTENTION = ".attn2."  # in the names of ComfyUI's UNets
+LORA_SHARE = 0.3  # of the projection's learning rate: at more, on Pocket, the projection learned less beside it
 WATCHED = 8  # pictures whose tokens are measured after each step
 
 
@@ -82,6 +83,8 @@ class ImageTokens(Contrast):
         self.sizes = usual_sizes(empty.states)
         self.watched = whitened[:WATCHED]
         self.learned_inside = any(name.endswith(UP) for name in start)
+        for group, name in zip(self.optimiser.param_groups, self.learned, strict=True):
+            group["most"] *= 1 if name in PROJECTION else LORA_SHARE
 
     def _pick_captions(self, rows: list[int], generator: torch.Generator) -> list[torch.Tensor | str]:
         """ "" for a picture that is left out."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.attention import SpatialVideoTransformer
@@ -13,6 +15,7 @@ from comfy.patcher_extension import WrappersMP
 from .correspondences import Correspondences, found
 from .warp import Step, steps, warped, warped_maps
 
+log = logging.getLogger("counterpoint")
 KEY = "counterpoint.feature_warp"
 GRID, WHOLE = f"{KEY}.grid", f"{KEY}.whole"  # tokens of this call; latents of the whole picture
 OVERRIDE = "optimized_attention_override"
@@ -37,7 +40,9 @@ def with_feature_warp(model, matches: Correspondences, strength: float, start: f
     if strength == 0:
         return model
     sampling, clone = model.get_model_object("model_sampling"), model.clone()
-    kind(matches, strength, sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)).install(clone, network)
+    warp = kind(matches, strength, sampling.percent_to_sigma(start), sampling.percent_to_sigma(end))
+    warp.install(clone, network)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, warp.look)
     return clone
 
 
@@ -57,6 +62,15 @@ class Warp:
 
     def active(self, sigma: torch.Tensor) -> bool:
         return self.least < float(sigma.flatten()[0]) <= self.most
+
+    def look(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        """Around one whole sampling."""
+        if not any(self.active(sigma) for sigma in sigmas[:-1]):
+            log.warning(
+                "Feature Warp does nothing here: `start` and `end` count from pure noise, and this sampling, which begins later where a "
+                "picture is painted over (denoise), has no step between them. Raise `end`."
+            )
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
     def plan(self, height: int, width: int, device: torch.device) -> list[Step]:
         key = height, width, device

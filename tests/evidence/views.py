@@ -1,6 +1,6 @@
 """Claim: views of one object whose shape is known agree better, point by point, when they are painted with Feature Warp.
 
-    python dev.py evidence views --screen       which start and which end of the warp, 10 sets
+    python dev.py evidence views --screen       which start and which end of the warp, 5 or 10 sets
     python dev.py evidence views                the ways that matter, 30 fresh sets
 
 A set is three views of one object of Pocket's world, each from a camera and in a place of its own, under one light. Each is painted
@@ -56,7 +56,14 @@ ARMS = {
 CONFIRMED = (*RENDERED, *list(ARMS)[:8])
 CONDITION = "denoise-0.9"
 MEASURES = ("colour apart", "texture alike", "identity", "object followed", "place followed", "outside apart")
-README = ("colour apart", "texture alike", "identity", "object followed", "place followed")  # what its table shows
+README = (
+    "colour apart",
+    "texture alike",
+    "identity",
+    "object followed",
+    "place followed",
+    "outside apart",
+)  # what its table shows
 CLAIM = Claim(
     name="views",
     about=__doc__,

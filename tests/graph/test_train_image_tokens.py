@@ -155,7 +155,7 @@ def test_pocket_learns_tokens_alone(graph):
     assert run.value("a", 2) == {} and not run.value("l").patches and run.value("p")["samples"].isfinite().all()
 
 
-def test_stopped_and_run_again_it_goes_on_to_the_same_end(graph, vision):
+def test_stopped_and_run_again_it_goes_on_to_the_same_end(graph, every_step, vision):
     seen, unlooked = vision(), {"mirror": True, "preview_every": 0}
     whole = graph(training(seen, run="whole", mirror=True)).value("4")
     first = graph(training(seen, run="cut", **unlooked), check=False,

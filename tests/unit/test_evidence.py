@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import statistics
 
 import pytest
 import torch
@@ -328,7 +329,7 @@ def test_the_readmes_table_of_feature_warp_comes_from_the_results(pack):
     )
     assert (
         f"share no pattern ({unshared})" in said
-        and f"most of it ({late}; the painter's own pictures {rendered})" in said
+        and f"most of it ({late}; the painter's own pictures {rendered};" in said
     )
     page = (ROOT / "js" / "docs" / "CounterpointFeatureWarp.md").read_text(encoding="utf-8")
     assert (
@@ -336,3 +337,36 @@ def test_the_readmes_table_of_feature_warp_comes_from_the_results(pack):
         in page
     )
     assert f"by {features} with features to the end; in the painter's own pictures by {rendered}." in page
+
+
+def test_agreement_is_a_mean_distance_and_a_correlation_at_the_points(pack):
+    """Against loops over pixels: what lies beside the object counts for nothing, near the border of the picture neither."""
+    generator = torch.Generator().manual_seed(3)
+    pictures = torch.rand(2, 3, 12, 14, generator=generator)
+    inside = torch.zeros(2, 12, 14, dtype=torch.bool)
+    inside[0, 0:9, 2:12], inside[1, 3:12, 1:14] = True, True
+    here, there = [(4, 3), (0, 2), (7, 10), (5, 6)], [(5, 4), (11, 13), (8, 2), (3, 1)]
+
+    def around(view: int, at: tuple[int, int], size: int) -> torch.Tensor:
+        (row, column), half = at, size // 2
+        near = [
+            pictures[view, :, r, c]
+            for r in range(max(0, row - half), min(12, row + half + 1))
+            for c in range(max(0, column - half), min(14, column + half + 1))
+            if inside[view, r, c]
+        ]
+        return torch.stack(near).mean(0)
+
+    def band(view: int, at: tuple[int, int]) -> float:
+        return float(around(view, at, views.FINE).mean() - around(view, at, views.COARSE).mean())
+
+    apart = [
+        float((around(0, a, views.FINE) - around(1, b, views.FINE)).abs().mean())
+        for a, b in zip(here, there, strict=True)
+    ]
+    a, b = [band(0, at) for at in here], [band(1, at) for at in there]
+    points = tuple(torch.tensor([((c + 0.5) / 14, (r + 0.5) / 12) for r, c in each]) for each in (here, there))
+    matches = pack.nodes.views.correspondences.Correspondences(2, (12, 14), {(0, 1): points, (1, 0): points[::-1]})
+    colour, texture = views.agreement(pictures, inside, matches)
+    assert colour == pytest.approx(sum(apart) / 4, abs=1e-5)
+    assert texture == pytest.approx(statistics.correlation(a, b), abs=1e-4)

@@ -154,6 +154,21 @@ def test_every_number_of_pictures_and_every_batch_will_do(pack, it, empty, n, ba
     assert [again.step(i) for i in range(6)] == said
 
 
+def test_the_lora_learns_more_slowly(pack, it, empty):
+    """Adam's first step moves each number by its rate, whatever its gradient."""
+    network = torch.nn.ModuleDict(
+        {"x": torch.nn.ModuleDict({"attn2": torch.nn.ModuleDict({"to_k": torch.nn.Linear(4, 4)})})}
+    )
+    assert it.cross_attention(network) == ["x.attn2.to_k"]
+    lora = pack.training.lora.starting_matrices(network, it.cross_attention(network), 2, 0)
+    training = trainer(pack, it, empty, start={**started(it), **lora}, learning_rate=0.01)
+    training.move([torch.ones_like(v) for v in training.learned.values()], 1.0)
+    for k, v in training.learned.items():
+        moved = (training.start[k] - v).abs().mean().item()
+        assert moved == pytest.approx(0.003 if k in lora else 0.01, rel=1e-3)
+    assert training.learned_inside
+
+
 def test_the_size_that_is_told(pack, it, empty):
     training = trainer(pack, it, empty, start=it.starting_projection(DIM, COUNT, WIDTH, 0))
     before = training.size()["norm"]

@@ -163,6 +163,17 @@ def test_outside_its_time_it_does_nothing(views, model, start, end):
     assert asked(warping, x, states, [0], 0.6).equal(asked(model, x, states, [0], 0.6))
 
 
+@pytest.mark.parametrize("mode", ["features", "latents"])
+def test_a_sampling_that_begins_too_late_is_told(views, made, caplog, mode):
+    """`end` counts from pure noise, so a picture that is painted over a little may never be warped; two passes of one model are no error."""
+    model, of = made("Pocket"), scattered(views)
+    (noise, states), (latent, _) = given(model, 3, **SMALL), given(model, 3, seed=8, **SMALL)
+    painted(patched(views, model, of, end=0.2, mode=mode), noise, states)
+    assert "does nothing here" not in caplog.text
+    painted(patched(views, model, of, end=0.2, mode=mode), noise, states, latent=latent, denoise=0.5)
+    assert "does nothing here" in caplog.text and "Raise `end`" in caplog.text
+
+
 def test_what_it_does_is_part_of_the_models_identity(views, identity, made):
     model = made("SD1.5")
     names = [identity.fingerprint(each) for each in (
