@@ -5,7 +5,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 // Each sends `counterpoint.progress` while it trains, and `counterpoint_loss` and `counterpoint_steps` in its ui when it is done.
-const TRAINERS = ["CounterpointTrainEmbedding", "CounterpointTrainStyleLora", "CounterpointTrainPrior"];
+const TRAINERS = ["CounterpointTrainEmbedding", "CounterpointTrainStyleLora", "CounterpointTrainPrior", "CounterpointTrainImageTokens"];
 const STEPS_DONE = "counterpoint_steps"; // the property
 const MORE = 200; // steps
 

@@ -13,7 +13,7 @@ from ..training import artefact
 from ..training import image_tokens as files
 from ..training.embedding import check_name
 from ..training.image_tokens import EMPTY, POOLED, Projector, appended
-from .embedding import RUN, source_file
+from .embedding import RUN, name_fault, source_file
 
 CATEGORY = "Counterpoint/image tokens"
 ImageTokensType = io.Custom("IMAGE_TOKENS")
@@ -124,12 +124,7 @@ class SaveImageTokens(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name):
-        try:
-            if name is not None:  # a wire
-                check_name(name)
-        except ValueError as error:
-            return str(error)
-        return True
+        return name_fault(name) or True
 
     @classmethod
     def execute(cls, image_tokens, name) -> io.NodeOutput:

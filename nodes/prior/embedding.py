@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from ...training import artefact
 from ...training.embedding import check_name
+from ..embedding import name_fault
 from .pairs import CATEGORY
 
 PATCHES = ("last_hidden_state", "penultimate_hidden_states", "all_hidden_states", "mm_projected", "image_sizes")
@@ -128,12 +129,7 @@ class SaveImageEmbedding(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name):
-        try:
-            if name is not None:
-                check_name(name)
-        except ValueError as error:
-            return str(error)
-        return True
+        return name_fault(name) or True
 
     @classmethod
     def execute(cls, embedding, name) -> io.NodeOutput:

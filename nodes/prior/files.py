@@ -12,6 +12,7 @@ from ...training.embedding import check_name
 from ...training.prior.prior import Prior, is_ours, load, to_bytes
 from ...training.prior.public import load_public, weights_file
 from ...training.prior.starts import NORM, StartDistribution
+from ..embedding import name_fault
 from .pairs import CATEGORY
 from .train import PriorType
 
@@ -65,12 +66,7 @@ class SavePrior(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name):
-        try:
-            if name is not None:
-                check_name(name)
-        except ValueError as error:
-            return str(error)
-        return True
+        return name_fault(name) or True
 
     @classmethod
     def execute(cls, prior, name) -> io.NodeOutput:
