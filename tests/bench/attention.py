@@ -1,7 +1,8 @@
 """One layer of attention over a set of pictures: each by itself, with the others' subjects gathered (ours), and with all keys of the
 set behind a dense mask (SynCD's own way, without projecting them again for every picture).
 
-    python dev.py bench attention
+    python dev.py bench attention                      24 cases, about 25 minutes
+    python dev.py bench attention "4 pictures, 10%"    those with these words in their names
 
 Shapes of FLUX at 512 pixels (256 words, 1024 image tokens, 24 heads of 128) and of SDXL at 1024 (4096 tokens, 10 heads of 64), float32.
 Predicted are the ratios of the multiplications, 2 x queries x keys x width for each of both products. Peaks are of one layer, in a
@@ -20,7 +21,7 @@ from typing import NamedTuple
 from harness.boot import boot, load_pack, prepare
 from harness.timing import MEMORY_OF, Way, interleaved, peak, peak_elsewhere
 
-ROUNDS = 3
+ROUNDS = 5
 WAYS = ("each by itself", "ours", "dense mask")
 
 
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
     print(
         f"{'':32}{'none':>8}{'ours':>8}{'dense':>8}  {'ours / dense':>20} {'said':>5}  {'ours / none':>20} {'said':>5}  peak MB"
     )
-    for case in CASES:
+    for case in (c for c in CASES if not argv or any(words in c.name for words in argv)):
         timings = interleaved(ways(pack, case), ROUNDS)
         none, ours, dense = (t.seconds for t in timings)
         seconds = "".join(f"{t.median:8.3f}" for t in timings)

@@ -160,7 +160,9 @@ def fit(
     else:
         found = _fit_ridge(text, image, norm, generator, tell) if kind == "ridge" else {}
     tensors = {**dict(zip(NORM, norm, strict=True)), **found}
-    return StartDistribution(kind, {name: x.float() for name, x in tensors.items()}, scale)
+    return StartDistribution(
+        kind, {name: x.float().contiguous() for name, x in tensors.items()}, scale
+    )  # as a file has them
 
 
 def of_clusters(mean: torch.Tensor, std: torch.Tensor, scale: float = 5.0) -> StartDistribution:
