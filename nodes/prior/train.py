@@ -14,7 +14,7 @@ from comfy_api.latest import io
 
 from ...training.learning_curves import PRIOR, learning_curves, logged, trailing_mean
 from ...training.loop import Diverged, train
-from ...training.prior.network import SIZES, drawn, shape_of
+from ...training.prior.network import RATE, SIZES, drawn, shape_of
 from ...training.prior.pairs import Pairs
 from ...training.prior.prior import Prior
 from ...training.prior.starts import StartDistribution, fit
@@ -79,8 +79,8 @@ class TrainPrior(io.ComfyNode):
                 io.Int.Input("steps", default=2000, min=1, max=1_000_000, tooltip="2000 for Pocket; 20 000 and more for a large CLIP."),
                 io.Int.Input("batch", default=64, min=1, max=4096, tooltip="Captions per step, 64; each with 4 noises."),
                 io.Float.Input(
-                    "learning_rate", default=0.001, min=0.0, max=0.1, step=0.0001, round=0.00001,
-                    tooltip="0.001 for small and medium, 0.0003 for large.",
+                    "learning_rate", default=0.0, min=0.0, max=0.1, step=0.0001, round=0.00001,
+                    tooltip="0 takes 0.004 for small, 0.002 for medium, 0.001 for large; only that for small was measured.",
                 ),
                 io.Combo.Input(
                     "network", options=["auto", *SIZES], default="auto",
@@ -120,9 +120,10 @@ class PriorJob:
             preset.start, pairs.pooled[rows], pairs.images[rows], min(CLUSTERS, max(1, len(rows) // EACH)), scale=preset.scale,
             tell=comfy.model_management.throw_exception_if_processing_interrupted,
         )  # fmt: skip
-        self.settings = Settings(schedule=preset.schedule, weight=preset.weight, **values)
         length, width = pairs.words
         self.shape = shape_of(pairs.images.shape[1], pairs.pooled.shape[1], width, length, network)
+        values["learning_rate"] = values["learning_rate"] or RATE / self.shape.width
+        self.settings = Settings(schedule=preset.schedule, weight=preset.weight, **values)
 
     def run(self, name: str, look_every: int) -> tuple[Prior, list[dict], str, str]:
         settings = self.settings

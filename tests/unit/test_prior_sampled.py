@@ -61,7 +61,7 @@ def test_guidance_leads_away_from_the_empty_text_alone(pack, it, process, prior)
         mean, std = prior.start.norm
         for n in range(2):
             for s, seed in enumerate((4, 8)):
-                eps = torch.randn(24, generator=torch.Generator().manual_seed(seed))
+                eps = torch.randn(24, generator=torch.Generator().manual_seed(seed + n * it.APART))
                 top = process.schedule("cosine").level(999)
                 start = process.Start(mean, std)
                 shown = prior.start.norm.shown((mean + std * eps)[None], top, start)
@@ -85,7 +85,7 @@ def test_a_seed_makes_the_same_whatever_else_is_made(pack, it, prior):
             whole.shape == (2, len(many), 24) and told == list(range(1, 9)) and it.steps_of(prior, how, len(many)) == 8
         )
         for n, at in ((0, 0), (1, it.AT_ONCE - 1), (1, it.AT_ONCE + 2)):
-            alone = it.sampled(prior, asked.rows([n]), negative, [many[at]], how)
+            alone = it.sampled(prior, asked.rows([n]), negative, [many[at] + n * it.APART], how)
             assert torch.allclose(whole[n, at], alone[0, 0], atol=1e-4)
         assert torch.cdist(whole[0], whole[0]).fill_diagonal_(9).min() > 1e-2
         assert torch.equal(whole, it.sampled(prior, asked, negative, many, how))

@@ -19,6 +19,7 @@ from .starts import StartDistribution
 
 FORMAT = "clip_prior"
 NETWORK = "net."
+APART = 1_000_003  # seeds from one text to the next
 AT_ONCE = 64  # embeddings of each text in one call of the network; their row of attention grows with the square
 
 
@@ -56,8 +57,8 @@ class Sampling:
 
 def sampled(prior: Prior, texts: Texts, negative: Texts | None, seeds: list[int], how: Sampling = Sampling(),
             image: torch.Tensor | None = None, tell: Callable[[int], None] = lambda step: None) -> torch.Tensor:  # fmt: skip
-    """(n, len(seeds), d) on the CPU: for each of n texts an embedding for each seed; its noise is the seed's own, the same for every text
-    and whatever else is drawn.
+    """(n, len(seeds), d) on the CPU: for each of n texts an embedding for each seed; the noise of text i is that of seed + i * APART, the
+    same whatever else is drawn.
 
     `negative` is one text, the empty one as a rule; it is asked for where there is guidance. Texts are read once for 64 seeds, and a
     step of those is one call of the network. `image` (1, d) is what is varied, where there is one. `tell(step)` after each of
@@ -128,10 +129,11 @@ def _read(prior: Prior, texts: Texts, device):
 
 
 def _noises(seeds: list[int], count: int, dim: int) -> Iterator[torch.Tensor]:
-    """(count * len(seeds), dim) of N(0, I), without end."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    """(count * len(seeds), dim) of N(0, I), without end. Each text has its own: with one noise for all, what many texts make together
+    would have the spread of their means and of that noise alone."""
+    generators = [torch.Generator().manual_seed(seed + i * APART) for i in range(count) for seed in seeds]
     while True:
-        yield torch.stack([torch.randn(dim, generator=g) for g in generators]).repeat(count, 1)
+        yield torch.stack([torch.randn(dim, generator=g) for g in generators])
 
 
 def to_bytes(prior: Prior) -> bytes:

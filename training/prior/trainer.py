@@ -32,7 +32,7 @@ class Settings:
     steps: int = 2000
     batch: int = 64  # captions per step
     draws: int = 4  # noises for each caption; they share the reading of it, which is most of the work
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
     empty: float = 0.1  # share of captions that are left empty, for guidance
     average: float = 0.999  # of the weights over steps; what is kept is the average
     seed: int = 0
