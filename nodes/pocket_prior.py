@@ -46,8 +46,8 @@ def train_prior(folder: Path) -> None:
 
 
 def pocket_pairs(folder: Path) -> Pairs:
-    images, scenes = pictures.load(folder, "train")
-    images, (captions,) = images[:PICTURES], pictures.caption_variants(scenes, 1)
+    images, scenes = pictures.load(folder, "train", PICTURES // pictures.SHARD)
+    (captions,) = pictures.caption_variants(scenes, 1)
 
     def part(first: int) -> Iterator[Pair]:
         for i in range(first, min(first + SHARD, PICTURES)):

@@ -20,8 +20,7 @@ from ..training.checkpointing import blocks, checkpointed
 from ..training.contrast import Contrast, Settings, Tensors
 from ..training.features import images_hash
 from ..training.learning_curves import trailing_mean
-from ..training.loop import Diverged, train
-from ..training.memory import Kept, duration, size
+from ..training.memory import Kept, size
 from ..training.run import Run, config_hash
 from ..training.sheet import sheet
 from .bridge import (
@@ -37,7 +36,7 @@ from .bridge import (
 )
 from .generate import Recipe, sample
 from .identity import fingerprint
-from .progress import Reporter
+from .progress import COMPLETE, Reporter, follow
 from .training_inputs import RECOMMENDED
 
 CAPTIONED = {"template": "the template", "caption": "its caption", "dropout": "its caption or the template"}
@@ -241,8 +240,7 @@ class Job:
         with self._open_run() as run:
             stored = run.load_checkpoint()
             if stored and stored[0] >= self.settings.steps:
-                told = ["This run is complete: its result was taken from disk."]
-                return self._result(run, stored[1]["learned"], stored[0], told)
+                return self._result(run, stored[1]["learned"], stored[0], [COMPLETE])
             return self._train(run)
 
     def _open_run(self) -> Run:
@@ -282,8 +280,9 @@ class Job:
                 said.append(
                     f"{trainer.settings.batch} instead of {settings.batch} pictures per step, to fit into memory."
                 )
-            steps = stack.enter_context(contextlib.closing(train(trainer, run, settings.steps)))
-            done, problem = self._follow(steps, trainer, reporter, model, clip, run, memory)
+            done, problem = follow(
+                trainer, run, settings.steps, reporter, lambda p: self._preview(p.step, trainer, model, clip, run), f", {memory}"
+            )  # fmt: skip
             said += [self.unmoved(name) for name in trainer.idle()]
             learned = {k: v.detach().cpu().clone() for k, v in trainer.learned.items()}
         if problem:
@@ -310,27 +309,6 @@ class Job:
                 "the picture away."
             )
         return latents
-
-    def _follow(self, steps, trainer, reporter: Reporter, model, clip, run: Run, memory: str) -> tuple[int, str]:
-        done, announced = (run.load_checkpoint() or (0,))[0], False
-        try:
-            for progress in steps:
-                done = progress.step
-                if not announced and progress.seconds > 1.0:
-                    announced = True
-                    reporter.say(
-                        f"Training {run.folder.name}: about {duration(progress.eta)} for {progress.steps - progress.step} more steps, {memory}."
-                    )
-                reporter.update(progress, self._preview(progress.step, trainer, model, clip, run))
-                if reporter.finishing():
-                    return done, f"Finished early, at step {done} of {progress.steps}, because you asked."
-        except Diverged as error:
-            reporter.say(
-                text
-                := f"{error}: training stopped at step {done} and kept the last good state. Try a smaller learning rate."
-            )
-            return done, text
-        return done, ""
 
     def _preview(self, step: int, trainer: Contrast, model, clip, run: Run):
         """Four pictures of what is learned so far; also kept in the run's folder."""
@@ -421,7 +399,11 @@ def output(
 ) -> io.NodeOutput:
     """Run a job on the inputs of a node that takes lists; what a training node returns."""
     first = {k: v[0] for k, v in values.items()}
-    done = kind(model[0], clip[0], vae[0], images, captions, negatives, first, masks).run()
+    return told(kind(model[0], clip[0], vae[0], images, captions, negatives, first, masks).run())
+
+
+def told(done: Done) -> io.NodeOutput:
+    """What a training node returns and shows."""
     curve = trailing_mean([r["loss"] for r in done.records if "loss" in r], 20)
     shown = {
         "text": [done.report],

@@ -48,7 +48,7 @@ class FitStartDistribution(io.ComfyNode):
     @classmethod
     def execute(cls, pairs, kind, clusters, scale, seed) -> io.NodeOutput:
         stop = comfy.model_management.throw_exception_if_processing_interrupted
-        rows, held = apart(len(pairs), 0)
+        rows, held = apart(len(pairs))
         start = fit(
             kind, pairs.pooled[rows], pairs.images[rows], clusters, torch.Generator().manual_seed(seed), scale, stop
         )

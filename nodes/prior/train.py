@@ -11,9 +11,10 @@ from typing import NamedTuple
 import comfy.model_management
 import torch
 from comfy_api.latest import io
+from PIL import Image
 
-from ...training.learning_curves import PRIOR, learning_curves, logged, trailing_mean
-from ...training.loop import Diverged, train
+from ...training.learning_curves import PRIOR, learning_curves, logged
+from ...training.loop import Progress
 from ...training.prior.network import RATE, SIZES, drawn, shape_of
 from ...training.prior.pairs import Pairs
 from ...training.prior.prior import Prior
@@ -21,8 +22,8 @@ from ...training.prior.starts import StartDistribution, fit
 from ...training.prior.trainer import PriorTrainer, Settings, apart
 from ...training.run import Run
 from ..features import managed
-from ..progress import Reporter
-from ..training_job import plottable, run_folder, thinned
+from ..progress import Reporter, follow
+from ..training_job import Done, run_folder, told
 from .pairs import CATEGORY, PairsType
 from .start import StartType
 
@@ -102,19 +103,14 @@ class TrainPrior(io.ComfyNode):
 
     @classmethod
     def execute(cls, pairs, preset, run, look_every, network, start=None, **values) -> io.NodeOutput:
-        job = PriorJob(pairs, PRESETS[preset], network, start, values)
-        prior, records, report, name = job.run(run, look_every)
-        curve = trailing_mean([r["loss"] for r in records if "loss" in r], 20)
-        steps = records[-1]["step"] if records else 0
-        shown = {"text": [report], "counterpoint_loss": thinned(curve), "counterpoint_steps": [steps]}
-        return io.NodeOutput(prior, {"loss": plottable(curve)}, report, name, ui=shown)
+        return told(PriorJob(pairs, PRESETS[preset], network, start, values).run(run, look_every))
 
 
 class PriorJob:
     """One press of Run."""
 
     def __init__(self, pairs: Pairs, preset: Preset, network: str, start: StartDistribution | None, values: dict):
-        rows, _ = apart(len(pairs), values["seed"])
+        rows, _ = apart(len(pairs))
         self.pairs = pairs
         self.start = start or fit(
             preset.start, pairs.pooled[rows], pairs.images[rows], min(CLUSTERS, max(1, len(rows) // EACH)), scale=preset.scale,
@@ -125,7 +121,7 @@ class PriorJob:
         values["learning_rate"] = values["learning_rate"] or RATE / self.shape.width
         self.settings = Settings(schedule=preset.schedule, weight=preset.weight, **values)
 
-    def run(self, name: str, look_every: int) -> tuple[Prior, list[dict], str, str]:
+    def run(self, name: str, look_every: int) -> Done:
         settings = self.settings
         config = {k: v for k, v in asdict(settings).items() if k != "steps"} | {
             "pairs": len(self.pairs), "text": self.pairs.text, "image": self.pairs.image, "shape": asdict(self.shape),
@@ -143,7 +139,7 @@ class PriorJob:
                 ) from error
             records, report = run.history(prior.facts["steps"]), self._report(prior, problem)
             reporter.say(report)
-            return prior, records, report, run.folder.name
+            return Done(prior, records, report, run.folder.name)
 
     def _train(self, run: Run, reporter: Reporter, look_every: int) -> tuple[Prior, str]:
         settings = self.settings
@@ -152,31 +148,10 @@ class PriorJob:
             network = drawn(self.shape, torch.Generator().manual_seed(settings.seed))
             with on_device(network) as device:
                 trainer = PriorTrainer(self.pairs, network, self.start, settings, device, look_every)
-                done, problem = self._follow(trainer, run, reporter)
+                done, problem = follow(trainer, run, settings.steps, reporter, lambda progress: plot(progress, run))
                 figures, prior = trainer.look(), trainer.finished()
         prior.facts |= {"steps": done, "pairs": len(self.pairs), "figures": figures}
         return prior, problem
-
-    def _follow(self, trainer: PriorTrainer, run: Run, reporter: Reporter) -> tuple[int, str]:
-        done, state = run.load_checkpoint() or (0, {})
-        if done >= self.settings.steps:
-            trainer.load_state_dict(state)
-            return done, "This run is complete: its result was taken from disk."
-        told: dict[str, float] = {}  # with the last look's figures, as the browser does not hear of every step
-        with contextlib.closing(train(trainer, run, self.settings.steps)) as steps:
-            try:
-                for progress in steps:
-                    done = progress.step
-                    looked = "frechet" in progress.scalars
-                    told |= progress.scalars
-                    plot = learning_curves(logged(run.history()), 20, PRIOR) if looked else None
-                    reporter.update(progress, plot, **told)
-                    if reporter.finishing():
-                        return done, f"Finished early, at step {done} of {progress.steps}, because you asked."
-            except Diverged as error:
-                said = f"{error}: training stopped at step {done} and kept the last good state."
-                return done, f"{said} Try a smaller learning rate."
-        return done, ""
 
     def _report(self, prior: Prior, problem: str) -> str:
         size, figures = sum(p.numel() for p in prior.network.parameters()) / 1e6, prior.facts["figures"]
@@ -184,6 +159,11 @@ class PriorJob:
         if figures:
             said += "On captions it has not seen: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()) + ". "
         return said + problem
+
+
+def plot(progress: Progress, run: Run) -> Image.Image | None:
+    """The curves of all figures, after a step that looked."""
+    return learning_curves(logged(run.history()), 20, PRIOR) if "frechet" in progress.scalars else None
 
 
 def digest(*tensors: torch.Tensor) -> str:

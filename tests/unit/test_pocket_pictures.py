@@ -46,3 +46,5 @@ def test_painting_is_repeatable_and_resumes(pictures, tmp_path, monkeypatch):
     pictures.shard_file(tmp_path, "train", 1).unlink()
     assert list(pictures.paint_all(tmp_path, 0, 1)) == ["train 1"]
     assert torch.equal(pictures.load(tmp_path, "train")[0], first)
+    pictures.shard_file(tmp_path, "train", 0).unlink()
+    assert torch.equal(pictures.load(tmp_path, "train")[0], first), "a stage by itself paints what it learns from"

@@ -51,18 +51,23 @@ def paint_all(folder: Path, rank: int, processes: int) -> Iterator[str]:
     """Paint what is missing, every `processes`-th shard; yields the name of each one painted (about 20 s a shard)."""
     todo = [(split, k) for split, n in SPLITS.items() for k in range(n)]
     for split, k in todo[rank::processes]:
-        file = shard_file(folder, split, k)
-        if file.exists():
-            continue
-        scenes = scenes_of(split, k)
-        parts = [paint(scenes[i : i + 50]).image for i in range(0, SHARD, 50)]
-        artefact.write(file, {"image": (torch.cat(parts) * 255 + 0.5).to(torch.uint8)})
-        yield f"{split} {k}"
+        if not shard_file(folder, split, k).exists():
+            paint_shard(folder, split, k)
+            yield f"{split} {k}"
+
+
+def paint_shard(folder: Path, split: str, shard: int) -> None:
+    scenes = scenes_of(split, shard)
+    parts = [paint(scenes[i : i + 50]).image for i in range(0, SHARD, 50)]
+    artefact.write(shard_file(folder, split, shard), {"image": (torch.cat(parts) * 255 + 0.5).to(torch.uint8)})
 
 
 def load(folder: Path, split: str, shards: int | None = None) -> tuple[torch.Tensor, Scenes]:
-    """(n, 3, 128, 128) uint8 pictures and their scenes."""
+    """(n, 3, 128, 128) uint8 pictures and their scenes; paints what is missing."""
     count = shards or SPLITS[split]
+    for k in range(count):
+        if not shard_file(folder, split, k).exists():
+            paint_shard(folder, split, k)
     images = torch.cat([artefact.read(shard_file(folder, split, k))[0]["image"] for k in range(count)])
     parts = [scenes_of(split, k) for k in range(count)]
     return images, Scenes(
