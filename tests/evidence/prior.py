@@ -104,6 +104,7 @@ SCREENED = {
     "four times as long": Arm(steps=4 * STEPS),
     "four times as long, rate .001": Arm(steps=4 * STEPS, rate=0.001),
     "paper, four times as long": PAPER._replace(steps=4 * STEPS),
+    "linear, P2, four times as long": Arm(schedule="linear", weight="P2", steps=4 * STEPS),
     "Pocket's own size": Arm("none", smaller=1.0),
 }
 # A mean falls out of what a normed network is shown, so these have one network.
@@ -120,7 +121,7 @@ CLAIM = Claim(
     digits=3,
 )
 UNEXPLAINED = 0.43  # share of the variance of embeddings within a text: 1 - centred cosine of "real"
-README = ("frechet", "energy per text", "diversity", "centred cosine", "norm", "cosine")
+BESIDE = ("diversity", "norm", "centred cosine", "cosine")
 
 
 def main(argv: list[str]) -> int:
@@ -145,17 +146,22 @@ def models() -> str:
     return digest.hexdigest()[:12]
 
 
-def by_steps(seeds: tuple[int, ...], measure: str = "frechet") -> str:
-    """Of each arm, by sampler and number of steps, in Markdown."""
+def by_steps(seeds: tuple[int, ...]) -> str:
+    """Of each arm the Frechet distance by sampler and number of steps, and other figures of 8 steps, in Markdown."""
     found: dict[str, list[dict]] = {}
     for record in read(CLAIM, CONDITION):
-        if record["seed"] in seeds and "by steps" in record:
-            found.setdefault(record["arm"], []).append(record["by steps"])
+        if record["seed"] in seeds:
+            found.setdefault(record["arm"], []).append(record)
     columns = [("own", n) for n in GRID] + [("dpm++ 2m", n) for n in LOOKS["dpm++ 2m"]]
-    names = [f"{n}" if sampler == "own" else f"{n}, DPM++ 2M" for sampler, n in columns]
-    lines = [f"| {measure} after steps | " + " | ".join(names) + " |", "|---" * (len(columns) + 1) + "|"]
+    names = [f"{n}" if sampler == "own" else f"{n} DPM++" for sampler, n in columns]
+    lines = [
+        "| frechet after steps | " + " | ".join([*names, *BESIDE]) + " |",
+        "|---" * (len(columns) + len(BESIDE) + 1) + "|",
+    ]
     for arm in (a for a in ARMS if a in found):
-        cells = [[run[s][str(n)][measure] for run in found[arm] if str(n) in run.get(s, ())] for s, n in columns]
+        looks = [[run.get("by steps", {}).get(s, {}).get(str(n), {}) for run in found[arm]] for s, n in columns]
+        cells = [[look["frechet"] for look in runs if look] for runs in looks]
+        cells += [[run["measures"][name] for run in found[arm]] for name in BESIDE]
         lines.append(f"| {arm} | " + " | ".join(f"{statistics.mean(c):.3f}" if c else "" for c in cells) + " |")
     return "\n".join(lines)
 
