@@ -8,7 +8,7 @@ import numpy
 import torch
 from comfy_api.latest import io, ui
 
-from ..training.learning_curves import LORA, PRIOR, learning_curves, logged
+from ..training.learning_curves import learning_curves, logged, own_titles
 from ..training.run import Run
 from .snapshots import existing_run
 
@@ -28,7 +28,7 @@ class TrainingCurves(io.ComfyNode):
                 io.String.Input(
                     "run",
                     force_input=True,
-                    tooltip="The output run of Train Embedding, Train Style LoRA or Train Prior, which says where its log lies; 1 name.",
+                    tooltip="The output run of Train Embedding, Train Style LoRA, Train Prior or Train Image Tokens, which says where its log lies; 1 name.",
                 ),
                 io.Int.Input(
                     "window",
@@ -51,7 +51,7 @@ class TrainingCurves(io.ComfyNode):
                 f"The run {run.strip()!r} has logged no step: let its training node do at least 1, then run the graph again."
             )
         config = json.loads((folder / "config.json").read_text())["config"]
-        drawn = learning_curves(series, window, LORA if "rank" in config else PRIOR if "pairs" in config else None)
+        drawn = learning_curves(series, window, own_titles(config))
         plots = torch.from_numpy(numpy.asarray(drawn, dtype=numpy.float32) / 255)[None]
         shown = ui.PreviewImage(plots, cls=cls).as_dict()
         return io.NodeOutput(plots, ui={**shown, "text": [summary(run.strip(), records, window)]})

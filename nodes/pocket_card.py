@@ -26,6 +26,7 @@ from .generate import Recipe, sample
 
 CFG = 4.0
 PROMPTS = 400
+CARD = pocket_models.MODELS / "pocket-card.json"
 EVIDENCE = pocket_models.MODELS.parent / "tests" / "evidence" / "results" / "held_out"  # `dev.py evidence held_out`
 log = logging.getLogger("counterpoint.pocket")
 
@@ -98,7 +99,22 @@ def measure(folder: Path, cfg: float = CFG) -> dict:
         "held-out styles": held_out_styles(),
         "vae dB": {"mean": round(db.mean().item(), 2), **{s: round(db[truth.stroke == i].mean().item(), 2) for i, s in enumerate(ATTRIBUTES["stroke"])}},
         "seconds for 4 pictures": round(speed(), 2),
-        "megabytes": round(sum(f.stat().st_size for f in pocket_models.MODELS.glob("pocket-*.safetensors")) / 1e6, 2),
+    }  # fmt: skip
+
+
+def files_say() -> dict:
+    """What the prior and the image tokens say of themselves, and what all files weigh; a new file changes it and nothing that was measured."""
+    prior = pocket_models.MODELS / "clip_priors" / "pocket-prior.safetensors"
+    tokens = artefact.facts(pocket_models.MODELS / "image_tokens" / "pocket-tokens.safetensors")
+    tensors, said = artefact.read(prior)
+    facts = json.loads(said["facts"])
+    return {
+        "prior": {
+            "numbers": sum(x.numel() for name, x in tensors.items() if name.startswith("net.")),
+            "pairs": facts["pairs"], "steps": facts["steps"], "figures": rounded(facts["figures"]),
+        },
+        "image tokens": {k: int(tokens[k]) for k in ("tokens", "rank", "steps")},
+        "megabytes": round(sum(f.stat().st_size for f in pocket_models.MODELS.rglob("pocket-*.safetensors")) / 1e6, 2),
     }  # fmt: skip
 
 
@@ -179,10 +195,15 @@ def speed() -> float:
     return min(times)
 
 
-def write(folder: Path) -> None:
+def known() -> dict:
+    """The card as it is."""
+    return json.loads(CARD.read_text(encoding="utf-8"))
+
+
+def write(measured: dict) -> None:
     """models/pocket-card.json and models/README.md, which says the same in words."""
-    card = measure(folder)
-    artefact.write_whole(pocket_models.MODELS / "pocket-card.json", (json.dumps(card, indent=1) + "\n").encode())
+    card = measured | files_say()
+    artefact.write_whole(CARD, (json.dumps(card, indent=1) + "\n").encode())
     artefact.write_whole(pocket_models.MODELS / "README.md", in_words(card).encode())
     log.info("card: %s", json.dumps(card))
 
@@ -201,6 +222,7 @@ def in_words(card: dict) -> str:
     measures = next(iter(card["held-out styles"].values()))
     objects = card["same object"]
     by_pattern = ", ".join(f"{k} {100 * v:.0f} %" for k, v in objects["real"].items() if k in ATTRIBUTES["pattern"])
+    prior, tokens, figures = card["prior"], card["image tokens"], card["prior"]["figures"]
     decibels = ", ".join(f"{k} {v}" for k, v in card["vae dB"].items() if k != "mean")
     return f"""# Pocket
 
@@ -214,6 +236,9 @@ that `training/pocket/painter.py` paints, by `python dev.py pocket`. World {VERS
 | pocket-text, pocket-vision | a CLIP-style pair, 128 numbers, on ComfyUI's tokenizer |
 | pocket-judge | says what a picture shows; used to measure, never to select |
 | pocket-instance | tells whether two pictures show one and the same object; used to measure |
+| clip_priors/pocket-prior | from a text to an image embedding as pocket-vision makes them: {prior["numbers"] / 1e6:.1f} million numbers, {prior["steps"]} steps on {prior["pairs"]} captioned pictures, whitened start, cosine schedule |
+| image_tokens/pocket-tokens | from an image embedding to {tokens["tokens"]} words for pocket-unet, with a LoRA of rank {tokens["rank"]}: {tokens["steps"]} steps on pictures without captions |
+| embeddings/pocket-ink-and-wash | a learned word, a style that pocket-unet never saw |
 
 All files together: {card["megabytes"]} MB. Four pictures of {card["steps"]} steps with CFG take {card["seconds for 4 pictures"]} s where this was measured.
 
@@ -247,6 +272,10 @@ two ceilings: the judge on painted pictures of that style, and Pocket asked for 
 The instance probe on pairs of pictures of objects alike in shape, colour and pattern, none of which it was trained on, in other
 places, views and light: right about {100 * objects["real"]["all"]:.0f} % of painted pairs ({100 * objects["real"]["one medium"]:.0f} % in one medium, {100 * objects["real"]["across media"]:.0f} % across media; {by_pattern})
 and {100 * objects["rebuilt"]["all"]:.0f} % of the same through the VAE; 50 % is chance. Plain objects have no instance to see.
+
+## What does its prior know?
+4 embeddings for the caption of each pair that was held out, 8 steps, no guidance: centred cosine {figures["centred cosine"]:.2f} with the true one, Frechet distance
+{figures["frechet"]:.2f} per coordinate (0 is best), diversity {figures["diversity"]:.2f} and length {figures["norm"]:.2f} of true ones. `python dev.py evidence prior` says more.
 
 What it cannot do: more than one object, words outside its grammar, anything real. It is a toy and a laboratory.
 """

@@ -19,7 +19,7 @@ from ..training.prior.prior import to_bytes
 from ..training.prior.starts import fit
 from ..training.prior.trainer import PriorTrainer, Settings
 from ..training.run import Run
-from . import image_tokens, pocket_models, train_image_tokens, training_job
+from . import image_tokens, pocket_card, pocket_models, train_image_tokens, training_job
 from .prior.pairs import encoders_of
 
 PICTURES, STEPS = 12_000, 3_000
@@ -43,6 +43,7 @@ def train_prior(folder: Path) -> None:
     prior.space = f"Pocket's CLIP, {prior.dim} numbers"
     prior.facts = {"steps": STEPS, "pairs": len(pairs), "figures": trainer.look()}
     artefact.write_whole(pocket_models.MODELS / "clip_priors" / "pocket-prior.safetensors", to_bytes(prior))
+    pocket_card.write(pocket_card.known())
 
 
 def pocket_pairs(folder: Path) -> Pairs:
@@ -77,3 +78,4 @@ def train_tokens(folder: Path) -> None:
     log.info(said)
     file = pocket_models.MODELS / image_tokens.FOLDER / "pocket-tokens.safetensors"
     artefact.write_whole(file, to_file(learned))
+    pocket_card.write(pocket_card.known())

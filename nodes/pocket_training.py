@@ -385,7 +385,7 @@ def shipped_text(words: int) -> clip.Pair:
 
 def write_card(folder: Path) -> None:
     if rank() == 0:
-        pocket_card.write(folder)
+        pocket_card.write(pocket_card.measure(folder))
     barrier()
 
 

@@ -36,6 +36,12 @@ PRIOR = {
     "cosine": ("Cosine with the true embedding", "highest for one that always says the same: read the others"),
     "norm": ("Length of the embeddings", "against real ones, 1"),
 }
+IMAGE_TOKENS = {"norm": ("Length of the tokens", "against the text encoder's own words, 1")}
+OWN = {
+    "tokens": IMAGE_TOKENS,
+    "rank": LORA,
+    "pairs": PRIOR,
+}  # by a setting; that of tokens before the rank of their LoRA
 
 
 class Series(NamedTuple):
@@ -60,6 +66,11 @@ def logged(records: list[dict]) -> dict[str, Series]:
     return found
 
 
+def own_titles(config: dict) -> Titles:
+    """What some names mean in a training of these settings."""
+    return next((titles for setting, titles in OWN.items() if setting in config), {})
+
+
 def trailing_mean(values: list[float], window: int) -> list[float]:
     """At each place the mean of the last `window` values up to it, of fewer at the beginning."""
     means, total = [], 0.0
@@ -71,7 +82,7 @@ def trailing_mean(values: list[float], window: int) -> list[float]:
 
 def learning_curves(series: dict[str, Series], window: int, own: Titles | None = None) -> Image.Image:
     """All plots on one sheet, two in a row; `window` is the number of steps that a line is the mean of, `own` what some names mean in
-    this kind of training: LORA, PRIOR, or nothing beside TITLES."""
+    this kind of training, beside TITLES."""
     titles = {**TITLES, **(own or {})}
     columns = min(COLUMNS, len(series))
     canvas = Image.new("RGB", (WIDTH * columns, HEIGHT * -(-len(series) // columns)), PAPER)

@@ -17,7 +17,7 @@ from .pairs import CATEGORY
 from .train import PriorType
 
 FOLDER = "clip_priors"  # of ComfyUI's models folder
-SUFFIXES = {".safetensors", ".ckpt", ".bin"}
+SUFFIXES = {".safetensors", ".ckpt", ".bin", ".pth", ".th"}  # .pth and .th to be refused by name
 EMPTY = "there is none: put one into models/clip_priors"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import comfy.model_management
 import torch
 import torch.nn.functional as F
@@ -136,8 +139,16 @@ def draw(prior: Prior, texts, negative, seeds: list[int], how: Sampling, image: 
         comfy.model_management.throw_exception_if_processing_interrupted()
         reporter.bar.update_absolute(step)
 
+    prior = computed(prior)
     with on_device(prior.network):
         return sampled(prior, texts, negative, seeds, how, image, tell)[0]
+
+
+def computed(prior: Prior) -> Prior:
+    """In the precision that core would compute a model of these weights in; on a CPU half precision is slow."""
+    kept = next(prior.network.parameters()).dtype
+    cast = comfy.model_management.unet_manual_cast(kept, comfy.model_management.get_torch_device())
+    return prior if cast is None else replace(prior, network=copy.deepcopy(prior.network).to(cast))
 
 
 def best(made: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ none, as paper     the same from N(0, I), which is what the paper compares itsel
 paper's sampler    the network of "paper", sampled with fresh noise of variance beta on levels that end at 0
 released code      the same as the published script does it: no noise at all, and each step at the cluster nearest to what was predicted
 regressor          one evaluation of the network of "whitened", from the mean
+last layer as fast its learning rate is that of all others, where elsewhere it is 5 times as much
 real               8 other true pictures: what a perfect prior would reach
 
 All figures are of 8 steps of DDIM unless an arm has a sampler of its own; `training/prior/measures.py` says what they are. Printed below
@@ -66,6 +67,7 @@ class Arm(NamedTuple):
     smaller: float = SMALLER
     steps: int = STEPS
     rate: float = RATE
+    last: float = 5.0  # times the rate, of the last layer
     sampler: str = ""  # of its own
 
 
@@ -90,6 +92,7 @@ CONFIRMED = {
     "paper's sampler": PAPER._replace(sampler="fixed large"),
     "released code": PAPER._replace(sampler="released"),
     "regressor": Arm(sampler="regressor"),
+    "last layer as fast": Arm(last=1.0),
 }
 SCREENED = {
     "rate .001": Arm(rate=0.001),
@@ -102,7 +105,7 @@ SCREENED = {
     "whitened, flow": Arm(schedule="flow"),
     "ridge, flow": Arm("ridge", schedule="flow"),
     "four times as long": Arm(steps=4 * STEPS),
-    "four times as long, rate .001": Arm(steps=4 * STEPS, rate=0.001),
+    "four times as long, last layer as fast": Arm(steps=4 * STEPS, last=1.0),
     "paper, four times as long": PAPER._replace(steps=4 * STEPS),
     "linear, P2, four times as long": Arm(schedule="linear", weight="P2", steps=4 * STEPS),
     "Pocket's own size": Arm("none", smaller=1.0),
@@ -327,13 +330,11 @@ class Laboratory:
             pairs, started = copy.copy(self.pairs), time.process_time()
             pairs.images = pairs.images / arm.smaller
             settings = Settings(
-                arm.schedule, arm.weight, steps=arm.steps, batch=BATCH, learning_rate=arm.rate, seed=seed
+                arm.schedule, arm.weight, steps=arm.steps, batch=BATCH, learning_rate=arm.rate, last=arm.last, seed=seed
             )
             network = drawn(Shape(128, 128, 128, 128, 4, 4, 77), torch.Generator().manual_seed(seed))
             trainer = PriorTrainer(pairs, network, self.start(arm.start, arm.scale, arm.smaller, seed), settings)
             trainer.units = units(trainer.prior, arm)
-            order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-            trainer.rows = order[len(trainer.held) :]  # each seed learns from others
             losses = [progress.scalars["loss"] for progress in train(trainer, None, arm.steps)]
             prior = trainer.finished()
             prior.facts = {

@@ -1,4 +1,6 @@
-"""Nodes that give what a test wants to put in, and events for every step."""
+"""Nodes that give what a test wants to put in, events for every step, and no network."""
+
+import socket
 
 import pytest
 
@@ -30,3 +32,17 @@ def given(monkeypatch):
 def every_step(pack, monkeypatch):
     """An event for every step, however quick."""
     monkeypatch.setattr(pack.nodes.progress, "EVERY", -1.0)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every try to reach another machine is an error, and is remembered."""
+    tried = []
+
+    def refuse(*address, **_):
+        tried.append(address)
+        raise ConnectionRefusedError("this test has no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return tried

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -57,20 +56,6 @@ def caption(given):
         return prompt
 
     return caption
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Every try to reach another machine is an error, and is remembered."""
-    tried = []
-
-    def refuse(*address, **_):
-        tried.append(address)
-        raise ConnectionRefusedError("this test has no network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    return tried
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """A prior in whole prompts: pairs, training, sampling, files, and core's own nodes behind them."""
 
 import copy
+import gc
+from dataclasses import replace
 from importlib import import_module
 
 import comfy.clip_vision
@@ -44,8 +46,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # The whole way
 
 
-def test_pocket_from_pictures_to_conditioning(graph, folders):
-    """With Pocket's own CLIP, on which text and pictures lie in one space."""
+def test_pocket_from_pictures_to_conditioning(graph, folders, no_network):
+    """With Pocket's own CLIP, on which text and pictures lie in one space; and without asking another machine for anything."""
     whole = {
         "1": node("CounterpointLoadPocketModels"),
         "2": node("CounterpointPocketPictures", count=60, captions="varied"),
@@ -77,6 +79,18 @@ def test_pocket_from_pictures_to_conditioning(graph, folders):
     again = graph({**whole, "5": {**whole["5"], "inputs": {**whole["5"]["inputs"], "recursive": True}}})
     assert again.value("6", 2).endswith("taken from disk.") and len(files) == 1
     assert same(weights(run), weights(again)) and torch.equal(made(run), made(again))
+    assert not no_network
+
+
+@pytest.mark.parametrize("count", [40, 100, 300])
+def test_the_papers_preset_with_few_pairs(graph, small_models, given, count):
+    """It has fewer clusters then: one for 8 pairs."""
+    seen = given("CLIP_VISION", [small_vision(small_models.builders, projection_dim=32)])
+    shown, said = given("IMAGE", pictures(count)), given("STRING", captions(count))
+    run = graph({**training(seen, shown, said, preset="paper", steps=2, look_every=0), **sampling()})
+    start = run.value("6").start
+    assert (start.kind, start.scale) == ("clusters as published", 5.0)
+    assert len(start.tensors["start.mean"]) == (count - count // 10) // 8 and made(run).isfinite().all()
 
 
 def test_what_is_told_of_a_look_is_told_together(graph, learn, every_step):
@@ -189,10 +203,14 @@ def test_variations_of_a_picture(graph, prior, given):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_smaller_weights_say_nearly_the_same(graph, prior, given, dtype):
+    """They stay small. A CPU, which is slow with them, computes as if they were not."""
     smaller = copy.deepcopy(prior)
     smaller.network.to(dtype)
-    full, half = (made(graph({**given_prior(given, p), **sampling(count=2)})) for p in (prior, smaller))
+    back = replace(smaller, network=copy.deepcopy(smaller.network).float())
+    full, half, cast = (made(graph({**given_prior(given, p), **sampling(count=2)})) for p in (prior, smaller, back))
     assert F.cosine_similarity(full, half).min() >= 0.999 and not torch.equal(full, half)
+    assert {p.dtype for p in smaller.network.parameters()} == {dtype}
+    assert torch.equal(half, cast) or comfy.model_management.get_torch_device().type != "cpu"
 
 
 def test_nothing_global_changes_and_nothing_stays_loaded(pack, graph, learn):
@@ -205,6 +223,20 @@ def test_nothing_global_changes_and_nothing_stays_loaded(pack, graph, learn):
     assert not comfy.model_management.in_training
     assert {p.device.type for p in run.value("6").network.parameters()} == {"cpu"}
     assert not any(p.requires_grad for p in run.value("6").network.parameters())
+
+
+def test_what_was_made_for_sampling_is_gone_afterwards(pack, graph, given, prior):
+    """Here a copy in another precision; a prior may be 2 GB large."""
+    network = import_module(f"{pack.__name__}.training.prior.network").PriorNetwork
+    smaller = replace(prior, network=copy.deepcopy(prior.network).half())
+
+    def alive() -> list:
+        gc.collect()
+        return [each for each in gc.get_objects() if type(each) is network]
+
+    before = alive()
+    graph({**given_prior(given, smaller), **sampling()})
+    assert {id(each) for each in alive()} <= {id(each) for each in before}
 
 
 def test_interrupted_within_one_step(graph, prior, given):

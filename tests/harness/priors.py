@@ -69,3 +69,9 @@ def small_prior(pack, dim: int = 24, seed: int = 0, **facts):
     start = starts.fit("whitened", numbers(50, 32), 0.2 + 0.5 * numbers(50, dim, seed=2))
     said = {"image": "0123456789ab", "space": "small CLIP", **facts}
     return prior.Prior(net.requires_grad_(False).eval(), start, **said)
+
+
+def published_clusters(starts, mean: torch.Tensor, std: torch.Tensor, scale: float = 1.0):
+    """The start distribution "clusters as published" of these Gaussians (K, d)."""
+    whole = {"norm.mean": mean.mean(0), "norm.std": torch.ones(mean.shape[1])}
+    return starts.StartDistribution("clusters as published", {**whole, "start.mean": mean, "start.std": std}, scale)

@@ -11,6 +11,7 @@ from evidence import attention, held_out, learn_style, learn_style_lora, nsync, 
 from harness import claim as claims
 from harness.boot import ROOT
 from harness.claim import Claim, Plan
+from harness.priors import published_clusters
 from harness.small_nets import numbers
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -244,6 +245,7 @@ def test_the_model_card_in_words_is_the_model_card(pack):
     pocket_card = importlib.import_module(f"{pack.__name__}.nodes.pocket_card")
     card = json.loads((ROOT / "models" / "pocket-card.json").read_text(encoding="utf-8"))
     assert pocket_card.in_words(card) == (ROOT / "models" / "README.md").read_text(encoding="utf-8")
+    assert card | pocket_card.files_say() == card, "other files ship than the card speaks of"
 
 
 def paired(pack, found: dict, arm: str, baseline: str, measure: str) -> str:
@@ -280,7 +282,7 @@ def test_paper_and_released_code_sample_as_published(pack, released):
     process, starts = (
         importlib.import_module(f"{pack.__name__}.training.prior.{name}") for name in ("process", "starts")
     )
-    clusters = starts.of_clusters(numbers(3, 4, seed=1).double(), numbers(3, 4, seed=2).double().abs() + 0.2)
+    clusters = published_clusters(starts, numbers(3, 4, seed=1), numbers(3, 4, seed=2).abs() + 0.2, scale=5.0)
     texts, noise = numbers(5, 4, seed=3).double(), [numbers(5, 4, seed=10 + i).double() for i in range(8)]
     kept, start = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0), clusters.start(texts)
 

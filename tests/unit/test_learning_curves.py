@@ -37,6 +37,17 @@ def test_only_what_was_logged_is_there_and_what_steps_lack_is_left_out(curves):
     assert curves.logged([]) == {}
 
 
+def test_a_length_is_named_by_what_is_trained(curves):
+    settings = ({"vectors": 2}, {"rank": 8}, {"rank": 8, "tokens": 4}, {"pairs": 60})
+    names = [{**curves.TITLES, **curves.own_titles(each)}["norm"][0] for each in settings]
+    assert names == [
+        "Length of the word",
+        "Size of the LoRA's changes",
+        "Length of the tokens",
+        "Length of the embeddings",
+    ]
+
+
 def test_a_step_lies_where_the_ends_of_the_axes_say(curves):
     series = curves.Series([1, 51, 101], [0.0, 4.0, 2.0])
     assert series.sparse

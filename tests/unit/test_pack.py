@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nodes
 import pytest
+from comfy_api.latest import io
 
 from harness.boot import ROOT, load_pack, node_list
 
@@ -19,6 +20,21 @@ COMFYUI_MODULES = re.compile(r"^(comfy\w*|folder_paths|server|nodes|execution|la
 HEAVY = {"diffusers", "transformers", "torchvision", "kornia"}
 LONG = 500  # lines
 
+# In the order in which a saved graph keeps their values; a new one comes last.
+WIDGETS = {
+    "CounterpointEmbedPairs": "images_folder recursive",
+    "CounterpointFitStartDistribution": "kind clusters scale seed",
+    "CounterpointTrainPrior": "preset steps batch learning_rate network empty seed look_every run",
+    "CounterpointSavePrior": "name",
+    "CounterpointLoadPrior": "prior",
+    "CounterpointSamplePrior": "prompt negative count seed steps sampler guidance guide_to guide_from best_of variation",
+    "CounterpointMixImageEmbeddings": "share",
+    "CounterpointSaveImageEmbedding": "name",
+    "CounterpointLoadImageEmbedding": "embedding",
+    "CounterpointTrainImageTokens": "tokens rank steps batch learning_rate noise empty seed preview_every snapshot_every weighting size run "
+    "mirror memory",
+    "CounterpointApplyImageTokens": "strength text_weight",
+}
 NEVER_COMMITTED = {
     "a host of a package registry": r"(index-url|--registry)[ =]+https?:|https?://[^ \"]+\.(whl|tgz|deb|tar\.gz)\b",
     "a path of somebody's machine": r"(^|[^\w.])/(work|root|home|Users)/",
@@ -114,6 +130,15 @@ def test_every_input_explains_itself(schemas):
             assert each.tooltip, f"{where} has no tooltip"
             if each.get_io_type() in ("INT", "FLOAT"):
                 assert re.search(r"\d", each.tooltip), f"{where}: the tooltip names no number to start from"
+
+
+def test_saved_values_keep_their_places(schemas):
+    inputs = {schema.node_id: schema.inputs for schema in schemas}
+    for kind, kept in WIDGETS.items():
+        named = [i.id for i in inputs[kind] if isinstance(i, io.WidgetInput) and not i.force_input]
+        assert named[: len(kept.split())] == kept.split(), kind
+        node = nodes.NODE_CLASS_MAPPINGS[kind]
+        assert node.INPUT_TYPES() == node.INPUT_TYPES()
 
 
 def test_every_output_explains_itself(schemas):

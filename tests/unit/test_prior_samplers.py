@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from harness.priors import published_clusters
 from harness.small_nets import numbers
 
 SCHEDULES, DETERMINISTIC = ("linear", "cosine", "flow"), ("dpm++ 2m", "ddim")
@@ -307,7 +308,7 @@ def test_a_variation_begins_at_a_noised_embedding(prior):
 def test_the_cluster_of_the_text_serves_every_step(prior):
     """A network whose answers lie in another cluster does not change which mean the posterior leans on."""
     means = torch.tensor([[10.0, 0.0, 0.0], [0.0, 10.0, 0.0]])
-    starts = prior.starts.of_clusters(means, torch.ones(2, 3), scale=1.0)
+    starts = published_clusters(prior.starts, means, torch.ones(2, 3))
     text = torch.tensor([[1.0, 0.2, 0.0]])
     start, table, grid = starts.start(text), prior.process.schedule("linear"), prior.process.levels(5)
     draws = [numbers(1, 3, seed=i) for i in range(5)]

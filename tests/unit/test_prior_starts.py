@@ -225,15 +225,6 @@ def test_a_cluster_of_one_picture_has_a_deviation(starts):
         assert (scale > 0.05).all() and scale.isfinite().all()
 
 
-def test_the_authors_clusters_and_what_they_say_of_all(starts):
-    mean, std = numbers(5, 4, seed=1), numbers(5, 4, seed=2).abs() + 0.1
-    fitted = starts.of_clusters(mean, std)
-    assert fitted.scale == 5 and torch.equal(fitted.start(mean).scale, 5 * std)
-    drawn = mean + std * torch.randn(100_000, 5, 4, generator=generator())
-    assert torch.allclose(fitted.norm.mean, drawn.flatten(0, 1).mean(0), atol=0.02)
-    assert torch.allclose(fitted.norm.std, drawn.flatten(0, 1).std(0), atol=0.02)
-
-
 def test_a_coordinate_that_never_varies_is_not_divided_by_0(starts):
     text, image = numbers(50, 6, seed=1), numbers(50, 8, seed=2)
     text[:, 2] = image[:, 3] = 4.0
@@ -302,10 +293,6 @@ def test_other_things_that_do_not_fit(starts):
         fitted.start(torch.zeros(3, 9))
     with pytest.raises(ValueError, match="scale of a start distribution is 0: it has to be above 0; 1 is recommended"):
         starts.fit("whitened", *PAIR, scale=0.0)
-    with pytest.raises(ValueError, match=r"Means of the shape \(5, 4\) and deviations of \(4, 4\)"):
-        starts.of_clusters(torch.zeros(5, 4), torch.ones(4, 4))
-    with pytest.raises(ValueError, match="start.std .* has 20 of 20 numbers that are not above 0"):
-        starts.of_clusters(numbers(5, 4), torch.zeros(5, 4))
 
 
 def test_a_long_fit_can_be_stopped(starts, pairs):

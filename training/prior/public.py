@@ -12,7 +12,6 @@ import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,15 +25,16 @@ SPACES = {  # which CLIP an embedding of this many numbers belongs to, in public
     1280: "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
 }
 NAMES = [f"diffusion_pytorch_model{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")]
+AUTHORS = "model_state.th"  # of Shifted Diffusion's authors, beside their mean.pth and std.pth; known only to be named
 HEADS = {2048: 32, 512: 16}  # by width, where no config.json says: Kandinsky's and Karlo's, ECLIPSE's
 TEXT_LENGTH = 77
 CLAMP = 10.0  # of what the network says, whitened, where no file says: as in the code of Kandinsky and of Karlo
 STEPS, GUIDANCE = 25, 4.0  # what both families sample with
 KARLO_CHANNELS = 64  # of each head
 USE = "use the prior of Kandinsky 2.2 (for SDXL), of Karlo or Kandinsky 2.1 (for SD 2.1 unCLIP), or train one with Train Prior"
+THREE_CLIPS = "embeddings of three CLIPs together (1536 numbers), which no model of ComfyUI takes:"
 STRANGERS = {  # part of a tensor's name: what the file is
-    "clip_sentence_proj.": "a Shifted Diffusion prior, which makes the embeddings of three CLIPs together (1536 numbers) from T5's text; "
-    "no model of ComfyUI takes those. Its cluster files can be read; for a prior",
+    "clip_sentence_proj.": f"the prior of Shifted Diffusion's authors: it makes {THREE_CLIPS}",
     "causal_transformer.": "a prior of DALLE2-PyTorch, whose network and lengths of embeddings are others:",
     "embedding_proj_norm.": "a PriorTransformer with parts that no prior of CLIP embeddings has:",
     "norm_in.": "Shap-E's prior, which makes shapes and no CLIP embeddings:",
@@ -107,7 +107,7 @@ def weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     for folder in (path / "prior", path):
-        for name in NAMES:
+        for name in (*NAMES, AUTHORS):
             if (folder / name).is_file():
                 return folder / name
     found = sorted(path.glob("prior*.ckpt"))
@@ -129,6 +129,11 @@ def read_weights(file: Path) -> tuple[Tensors, dict[str, str]]:
             f"{file.name} cannot be read: it is broken, or holds more than tensors, which might be code. Fetch it again, or save its tensors "
             "as .safetensors."
         ) from error
+    if isinstance(held, torch.Tensor):
+        raise ValueError(
+            f"{file.name} is one table of numbers and no network, as the clusters of Shifted Diffusion's authors, which are for {THREE_CLIPS} "
+            f"{USE}; Fit Start Distribution finds clusters of your own pairs."
+        )
     state = held.get("state_dict", held) if isinstance(held, dict) else {}
     return {str(name): t for name, t in state.items() if isinstance(t, torch.Tensor)}, {}
 
@@ -312,41 +317,6 @@ def _karlo_statistics(file: Path) -> Tensors:
             f"{found[0].name} does not hold two tensors, mean and standard deviation: fetch ViT-L-14_stats.th again."
         )
     return dict(zip(("clip_mean", "clip_std"), both, strict=True))
-
-
-# Clusters of Shifted Diffusion
-
-
-class Clusters(NamedTuple):
-    mean: torch.Tensor  # (K, d) float32
-    std: torch.Tensor
-
-
-def load_clusters(mean_file: Path, std_file: Path) -> Clusters:
-    """The starts that Shifted Diffusion's authors publish (Zhou et al. 2022): two files of (K, 1536), one Gaussian in each row.
-
-    They serve a prior of as many numbers. Raises ValueError, one sentence, where they are not that.
-    """
-    read = []
-    for file in (Path(mean_file), Path(std_file)):
-        tensors = _tensors_of(file)
-        if len(tensors) != 1 or tensors[0].ndim != 2 or not tensors[0].is_floating_point():
-            raise ValueError(
-                f"{file.name} is not the cluster file of a Shifted Diffusion prior, one tensor of (clusters, numbers)."
-            )
-        read.append(tensors[0].detach().float())
-    mean, std = read
-    if mean.shape != std.shape:
-        raise ValueError(
-            f"{Path(mean_file).name} is {tuple(mean.shape)} and {Path(std_file).name} {tuple(std.shape)}: means and standard deviations come in "
-            "pairs; take both from one prior."
-        )
-    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-        raise ValueError(
-            f"{Path(std_file).name} has standard deviations that are not above 0, or numbers that are not finite: were the two files given in "
-            "the other order?"
-        )
-    return Clusters(mean, std)
 
 
 def _tensors_of(file: Path) -> list[torch.Tensor]:

@@ -165,18 +165,6 @@ def fit(
     )  # as a file has them
 
 
-def of_clusters(mean: torch.Tensor, std: torch.Tensor, scale: float = 5.0) -> StartDistribution:
-    """The authors' clusters, means and deviations (K, d). Of all embeddings they know no more than the K Gaussians in equal shares."""
-    if mean.shape != std.shape or mean.ndim != 2:
-        raise ValueError(
-            f"Means of the shape {tuple(mean.shape)} and deviations of {tuple(std.shape)}: both have to be (clusters, width)."
-        )
-    whole = mean.double().mean(0)
-    variance = (std.double().square() + (mean.double() - whole).square()).mean(0)
-    tensors = {"norm.mean": whole, "norm.std": variance.sqrt(), "start.mean": mean, "start.std": std}
-    return StartDistribution("clusters as published", {name: x.float() for name, x in tensors.items()}, scale)
-
-
 def unexplained(starts: StartDistribution, text: torch.Tensor, image: torch.Tensor) -> float:
     """Share of the variance of image (n, d) around the mean of all that is left around mu(text): 1 is no better than the mean."""
     left = (image - starts.start(text).mean.to(image)).double().square().sum()

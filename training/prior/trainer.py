@@ -33,6 +33,9 @@ class Settings:
     batch: int = 64  # captions per step
     draws: int = 4  # noises for each caption; they share the reading of it, which is most of the work
     learning_rate: float = 4e-3
+    last: float = (
+        5.0  # times as fast the last layer learns, which begins at zero and has to answer numbers of variance 1
+    )
     empty: float = 0.1  # share of captions that are left empty, for guidance
     average: float = 0.999  # of the weights over steps; what is kept is the average
     seed: int = 0
@@ -68,7 +71,11 @@ class PriorTrainer:
                 f"{len(self.rows)}, or give more pictures."
             )
         self.units = start.norm.to(device)
-        self.optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate, (0.9, 0.99), weight_decay=0.01)
+        last = list(network.proj_to_clip_embeddings.parameters())
+        others = [weight for weight in network.parameters() if all(weight is not each for each in last)]
+        rate = settings.learning_rate
+        groups = [{"params": others, "most": rate}, {"params": last, "most": rate * settings.last}]
+        self.optimiser = torch.optim.AdamW(groups, rate, (0.9, 0.99), weight_decay=0.01)
         self.average = {k: v.detach().clone() for k, v in network.named_parameters()}
 
     def step(self, i: int) -> dict[str, float]:
@@ -81,7 +88,7 @@ class PriorTrainer:
         if not math.isfinite(loss.item() + gradient.item()):
             raise Diverged(f"The loss was not a number at step {i + 1}")
         for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate * self._share(i)
+            group["lr"] = group["most"] * self._share(i)
         self.optimiser.step()
         self._follow(min(settings.average, (1 + i) / (10 + i)))
         looks = self.look_every and (i + 1) % self.look_every == 0
