@@ -276,6 +276,39 @@ def test_the_readmes_tables_of_shared_attention_come_from_the_results(pack):
     assert f"keep more of their places ({paired(pack, unsaid, words, anchor, 'place followed')})" in said
 
 
+def test_what_the_readme_says_of_priors_comes_from_the_results(pack):
+    plan, said = prior.CLAIM.confirm, " ".join(README.split())
+    found, screened = (
+        claims.records(prior.CLAIM, plan.conditions, seeds) for seeds in (plan.seeds, prior.CLAIM.screen.seeds)
+    )
+    assert set(found) == set(plan.arms) and all(len(runs) == 3 for runs in found.values())
+    assert prior.by_steps(plan.seeds) in README and prior.perfect() in README
+    for before, arm, minus in (
+        ("it does not help either (frechet ", "shift only, unnormed", "none, unnormed"),
+        ("The scale does: ", "scale only", "none"),
+        ("and *unnormed* ", "scale only, unnormed", "none, unnormed"),
+        ("no better than one Gaussian for all (", "clusters", "whitened"),
+        ("five times as wide they do worse (", "clusters x5", "clusters"),
+        ("a mean computed from the text (", "ridge", "whitened"),
+        ("the flow schedule (", "whitened, flow", "whitened"),
+        ("(as fast as they: ", "last layer as fast", "whitened"),
+    ):
+        assert before + paired(pack, found, arm, minus, "frechet") in said
+    assert found["shift only"] == found["none"] and "the shift does nothing at all" in said
+    whatever, collapsed = (mean(found[arm], "diversity", 3) for arm in ("paper", "none, as paper"))
+    assert (
+        f"(diversity {whatever}), and so does ordinary diffusion trained in its way (*none, as paper*, {collapsed})"
+        in said
+    )
+    best, ours, true = (mean(found[arm], "cosine", 3) for arm in ("paper", "whitened", "real"))
+    assert f"({best} against {ours}; true pictures {true})" in said
+    assert f"other true pictures have {mean(found['real'], 'frechet', 3)}." in said
+    longer = {arm: screened[f"{arm}four times as long"] for arm in ("", "paper, ", "linear, P2, ")}
+    assert f"nothing in `paper` (diversity {mean(longer['paper, '], 'diversity', 3)})" in said
+    linear = [mean(longer["linear, P2, "], measure, 3) for measure in ("diversity", "frechet")]
+    assert f"*linear, P2*: {linear[0]}, frechet {linear[1]}, where ours has {mean(longer[''], 'frechet', 3)})" in said
+
+
 @pytest.mark.parametrize("released", [False, True])
 def test_paper_and_released_code_sample_as_published(pack, released):
     """Of Zhou et al.: respaced betas, the mean of the posterior with its shift written as they do, variance beta, levels 999 to 0."""
