@@ -43,6 +43,7 @@ PRESETS = {
     "recommended": Preset("whitened", 1.0, "cosine", "uniform"),
     "paper": Preset("clusters as published", 5.0, "linear", "P2"),
 }
+FEW = 500  # pairs
 CLUSTERS, EACH = 1024, 8  # of the preset that has any: as many as in the paper, of so many pairs at the least
 
 
@@ -158,6 +159,8 @@ class PriorJob:
         said = f"{prior.facts['steps']} steps on {len(self.pairs)} pairs, {size:.1f} million numbers, start {self.start.kind}. "
         if figures:
             said += "On captions it has not seen: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()) + ". "
+        if len(self.pairs) < FEW:
+            said += f"Fewer than {FEW} pairs are soon known by heart: watch frechet, or give more. "
         return said + problem
 
 

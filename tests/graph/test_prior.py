@@ -65,7 +65,12 @@ def test_pocket_from_pictures_to_conditioning(graph, folders, no_network):
     )
     made_prior, report = run.value("6"), run.value("6", 2)
     assert made_prior.space == "CLIP vision, 128 pixels, 128 numbers" and made_prior.facts["steps"] == 4
-    assert "4 steps on 60 pairs" in report and "start ridge" in report and all(f"{k} " in report for k in TOLD)
+    assert (
+        "4 steps on 60 pairs" in report
+        and "soon known by heart" in report
+        and "start ridge" in report
+        and all(f"{k} " in report for k in TOLD)
+    )
     assert steps(run) == sorted(set(steps(run))) and steps(run)[-1] == 4
     assert len([p for p in run.sent("preview") if p[1]["node_id"] == "6"]) == 2, "a plot of each look"
     assert len(run.value("6", 1)["loss"]) == 4 and run.value("c").shape[0] == 1
