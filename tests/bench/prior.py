@@ -17,8 +17,12 @@ from pathlib import Path
 from harness.boot import boot, load_pack, prepare
 from harness.timing import Way, interleaved
 
-ROUNDS = 5
-PROMPTS, EACH, STEPS, GUIDANCE = 16, 4, 25, 1.5
+EACH, STEPS, GUIDANCE = 4, 25, 1.5
+POCKET, LARGE = "Pocket", "ViT-L, 12 layers of 512"
+PROMPTS, ROUNDS = (
+    {POCKET: 16, LARGE: 2},
+    {POCKET: 5, LARGE: 3},
+)  # the large one takes diffusers half a minute a round on two cores
 
 
 def main(argv: list[str]) -> None:
@@ -28,26 +32,27 @@ def main(argv: list[str]) -> None:
     import torch
 
     with torch.inference_mode():
-        for name, prior in {"Pocket": pocket(pack), "ViT-L, 12 layers of 512": large(pack)}.items():
+        for name, prior in {POCKET: pocket(pack), LARGE: large(pack)}.items():
             compare(pack, name, prior)
     print(f"of a step of training spent on drawing pairs and noise: {waiting(pack):.1%}")
 
 
 def compare(pack, name: str, prior) -> None:
-    texts, nothing = captions(pack, prior)
+    prompts, rounds = PROMPTS[name], ROUNDS[name]
+    texts, nothing = captions(pack, prior, prompts)
     found = ways(pack, prior, texts, nothing, list(range(EACH)))
-    timings = interleaved(found, ROUNDS)
-    print(f"\n{name}: {PROMPTS} prompts, {EACH} embeddings each, guidance {GUIDANCE}")
+    timings = interleaved(found, rounds)
+    print(f"\n{name}: {prompts} prompts, {EACH} embeddings each, guidance {GUIDANCE}")
     first = timings[0].seconds
     for timing in timings:
         ratios = sorted(a / b for a, b in zip(first, timing.seconds, strict=True))
-        rate = PROMPTS * EACH / timing.median
-        distance = f", FD {quality(pack, prior, timing.name):.3f}" if name == "Pocket" else ""
+        rate = prompts * EACH / timing.median
+        distance = f", FD {quality(pack, prior, timing.name):.3f}" if name == POCKET else ""
         print(
-            f"  {timing.name:28}{rate:8.0f} per second, {statistics.median(ratios):6.2f} times diffusers' "
+            f"  {timing.name:28}{rate:8.1f} per second, {statistics.median(ratios):6.2f} times diffusers' "
             f"({ratios[0]:.2f} to {ratios[-1]:.2f}){distance}"
         )
-    print(f"  outside the network: {outside(pack, prior, texts, nothing):.1%} of 25 steps")
+    print(f"  outside the network: {outside(pack, prior, texts, nothing, rounds):.1%} of 25 steps")
 
 
 def ways(pack, prior, texts, nothing, seeds: list[int]) -> dict[str, Way]:
@@ -115,7 +120,7 @@ def large(pack):
     return prior.prior.Prior(network.eval(), prior.starts.StartDistribution("whitened", units))
 
 
-def captions(pack, prior, count: int = PROMPTS):
+def captions(pack, prior, count: int):
     """So many captions of Pocket's world; random states of the same lengths for a larger CLIP."""
     import torch
 
@@ -150,7 +155,7 @@ def quality(pack, prior, way: str) -> float:
     return pack.training.prior.measures.figures(made, real, real)["frechet"]
 
 
-def outside(pack, prior, texts, nothing) -> float:
+def outside(pack, prior, texts, nothing, rounds: int) -> float:
     """Share of the time of 25 steps that is not spent in the network."""
     module, network, spent = pack.training.prior.prior, prior.network, []
     forward, read = network.forward, network.read
@@ -166,7 +171,7 @@ def outside(pack, prior, texts, nothing) -> float:
 
     shares = []
     network.forward, network.read = timed(forward), timed(read)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         spent.append(0.0)
         started = time.perf_counter()
         module.sampled(prior, texts, nothing, list(range(EACH)), module.Sampling(STEPS, "ancestral", GUIDANCE))
@@ -203,5 +208,5 @@ def waiting(pack) -> float:
     steps = iter(range(10_000))
     draw = lambda: [trainer.drawn(torch.Generator().manual_seed(i)) for i in range(10)]  # noqa: E731
     step = lambda: [trainer.step(next(steps)) for _ in range(10)]  # noqa: E731
-    drawing, stepping = interleaved({"draw": draw, "step": step}, ROUNDS)
+    drawing, stepping = interleaved({"draw": draw, "step": step}, ROUNDS[POCKET])
     return drawing.median / stepping.median
