@@ -71,6 +71,8 @@ def train_tokens(folder: Path) -> None:
     values |= {
         "clip_vision": pocket_models.load_vision(),
         "steps": TOKEN_STEPS,
+        "learning_rate": 0.004,  # long and slow; what the node takes unless told is for a few minutes
+        "noise": 0.3,
         "preview_every": 0,
         "snapshot_every": 0,
     }

@@ -26,7 +26,7 @@ WEIGHT, BIAS, GAIN, SHIFT, NULL = PROJECTION = ("proj.weight", "proj.bias", "nor
 MEAN, STD, EMPTY, POOLED = "embedding.mean", "embedding.std", "empty.states", "empty.pooled"
 LEAST_STD = 0.01  # of the typical one: a number that hardly varies over the pictures would be divided by nearly 0
 CROSS_ATTENTION = ".attn2."  # in the names of ComfyUI's UNets
-LORA_SHARE = 0.3  # of the projection's learning rate: at more, on Pocket, the projection learned less beside it
+LORA_SHARE = 0.3  # of the projection's learning rate: at more, on Pocket, the projection learned less; at .1 as much
 WATCHED = 8  # pictures whose tokens are measured after each step
 
 
@@ -177,7 +177,7 @@ def check_width(width: int, states: torch.Tensor) -> None:
     if states.shape[2] != width:
         raise ValueError(
             f"These image tokens have {width} numbers each and the conditioning has {states.shape[2]}: they were trained on another kind of "
-            "model."
+            "model. Paint with that one, or train tokens for this one."
         )
 
 

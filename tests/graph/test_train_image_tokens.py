@@ -213,6 +213,19 @@ def test_areas_and_other_tokens_stay(graph, vision, file):
     assert run.value("p")["samples"].isfinite().all()
 
 
+def test_guidance_may_be_off_or_below_one(graph, vision, file):
+    """At CFG 1 the tokens for nothing are not asked, so what is painted does not depend on them; below 1 it still is a picture."""
+    file()
+    whole, made = loaded(vision()), {}
+    for cfg in (1.0, 0.5):
+        whole["p"]["inputs"]["cfg"] = cfg
+        made[cfg] = graph(whole).value("p")["samples"]
+        assert made[cfg].isfinite().all()
+    assert not torch.equal(made[1.0], made[0.5])
+    whole["p"]["inputs"] |= {"cfg": 1.0, "negative": ["t", 0]}
+    assert torch.equal(graph(whole).value("p")["samples"], made[1.0])
+
+
 def test_pictures_of_a_batch_have_rows_of_their_own(graph, vision, file, given):
     """Two embeddings at once are painted as each by itself."""
     file()

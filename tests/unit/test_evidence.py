@@ -7,7 +7,18 @@ import statistics
 import pytest
 import torch
 
-from evidence import attention, held_out, learn_style, learn_style_lora, nsync, prior, subject, toy_style, views
+from evidence import (
+    attention,
+    decoder,
+    held_out,
+    learn_style,
+    learn_style_lora,
+    nsync,
+    prior,
+    subject,
+    toy_style,
+    views,
+)
 from harness import claim as claims
 from harness.boot import ROOT
 from harness.claim import Claim, Plan
@@ -405,3 +416,33 @@ def test_agreement_is_a_mean_distance_and_a_correlation_at_the_points(pack):
     colour, texture = views.agreement(pictures, inside, matches)
     assert colour == pytest.approx(sum(apart) / 4, abs=1e-5)
     assert texture == pytest.approx(statistics.correlation(a, b), abs=1e-4)
+
+
+def test_the_readmes_table_of_decoders_comes_from_the_results(pack):
+    claim, said = decoder.CLAIM, " ".join(README.split())
+    found = claims.records(claim, (decoder.CONDITION,), claim.confirm.seeds)
+    assert set(found) == set(claim.confirm.arms) and all(len(runs) == 3 for runs in found.values())
+    assert {r["models"] for r in claims.read(claim, decoder.CONDITION)} == {decoder.models()}
+    assert claims.table(claim, (decoder.CONDITION,), decoder.README, claim.confirm.seeds) in README
+    style, judged = (mean(found[arm], "style") for arm in ("tokens", "true picture"))
+    assert f"style is right in {style} of the pictures, where the judge finds it in {judged} of the true ones" in said
+    for measure, before in (("all said", "learned from captions"), ("pattern", "mostly of the pattern")):
+        pair = " instead of ".join(mean(found[arm], measure) for arm in ("tokens", "text decoder"))
+        assert f"{before} ({pair})" in said
+    regressor, whitened = (mean(found[arm], "CMMD") for arm in ("prior, regressor", "prior, whitened"))
+    assert f"(CMMD {regressor} instead of {whitened})" in said
+    for arm, minus, measure, before in (
+        ("prior, guidance 1.5", "tokens", "all said", "than told a true picture ("),
+        ("prior, N(0, I)", "prior, whitened", "all said", "N(0, I) minus whitened (all said "),
+        ("prior, N(0, I)", "prior, whitened", "CMMD", "; CMMD "),
+        ("prior, guidance 1.5", "prior, guidance 1", "all said", "guidance 1.5 minus 1 (all said "),
+        ("tokens and caption", "tokens", "all said", "of a true picture adds little ("),
+        ("tokens and caption", "tokens", "style", "and takes style away ("),
+        ("500 steps, LoRA", "500 steps, projection alone", "alike", "than the projection alone (alike "),
+    ):
+        assert before + paired(pack, found, arm, minus, measure) in said
+    page = (ROOT / "js" / "docs" / "CounterpointTrainImageTokens.md").read_text(encoding="utf-8")
+    ships, begun = (mean(found[arm], "colour") for arm in ("tokens", "500 steps, LoRA"))
+    assert f"the style of the picture in {style} of the pictures and its colour in {ships}" in page
+    assert f"has the colour right in {begun}" in page
+    assert f"a beginning, though CMMD does not say so: the colour is right in {begun}." in said
