@@ -53,6 +53,7 @@ def in_batches(pictures: Iterable[torch.Tensor], size: int = BATCH) -> Iterator[
         yield torch.cat(held)
 
 
+@torch.no_grad()
 def extract(
     extractor: Extractor, pictures: Iterable[torch.Tensor], tell: Callable[[int], None] = lambda n: None
 ) -> Features:
