@@ -41,9 +41,8 @@ from harness.claim import Claim, Plan, command, models_hash
 
 CAPTIONS, TAUGHT, AT_ONCE = 64, 400, 16
 OWN = "Pocket's own"
-MODELS, PARTS = ROOT / "models", ("unet", "text", "vae", "vision", "judge")
-OWN_PRIOR = MODELS / "clip_priors" / "pocket-prior.safetensors"
-TOKENS = MODELS / "image_tokens" / "pocket-tokens.safetensors"
+OWN_PRIOR, TOKENS = "clip_priors/pocket-prior", "image_tokens/pocket-tokens"
+USED = (*(f"pocket-{part}" for part in ("unet", "text", "vae", "vision", "judge")), OWN_PRIOR, TOKENS)
 CONDITION = "content"
 SAID = {"colour": "colour", "pattern": "pattern", "shape": "shape", "place": "background"}
 
@@ -98,15 +97,7 @@ def open_laboratory():
     prepare(Path(tempfile.mkdtemp(prefix="counterpoint-evidence-")))
     boot()
     laboratory = Laboratory(load_pack())
-    return models(), lambda _, arm, seed: laboratory.record(ARMS[arm], seed)
-
-
-def models() -> str:
-    """12 hex digits of the weights that ship and are used here."""
-    digest = hashlib.sha256()
-    for file in (*(MODELS / f"pocket-{part}.safetensors" for part in PARTS), OWN_PRIOR, TOKENS):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+    return models_hash(*USED), lambda _, arm, seed: laboratory.record(ARMS[arm], seed)
 
 
 class Laboratory(prior.Laboratory):
@@ -211,7 +202,7 @@ class Laboratory(prior.Laboratory):
     def pockets_prior(self):
         from counterpoint.training.prior.prior import load
 
-        made = load(OWN_PRIOR)
+        made = load(ROOT / "models" / f"{OWN_PRIOR}.safetensors")
         made.network.float()
         return made
 
@@ -220,9 +211,11 @@ class Laboratory(prior.Laboratory):
         from counterpoint.training import artefact, image_tokens
 
         if arm.rank is None:
-            return image_tokens.load(TOKENS), {}
+            return image_tokens.load(ROOT / "models" / f"{TOKENS}.safetensors"), {}
         wanted = {"rank": arm.rank, "seed": seed}
-        key = hashlib.sha256(f"{wanted} {models_hash()} {prior.models()} {TAUGHT}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{wanted} {models_hash()} {models_hash(*prior.TOWERS)} {TAUGHT}".encode()).hexdigest()[
+            :16
+        ]
         file = DEV / "evidence" / "decoder" / f"{key}{artefact.SUFFIX}"
         if not file.exists():
             started = time.process_time()

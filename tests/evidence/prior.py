@@ -45,9 +45,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.boot import DEV, ROOT, boot, load_pack, prepare
-from harness.claim import Claim, Plan, command, read
+from harness.boot import DEV, boot, load_pack, prepare
+from harness.claim import Claim, Plan, command, models_hash, read
 
+TOWERS = "pocket-text", "pocket-vision"
 PAIRS, CAPTIONS, REAL, MADE = 6000, 96, 16, 8
 CONDITION = "content"
 SMALLER = 6.2  # times Pocket's embeddings
@@ -138,15 +139,7 @@ def open_laboratory():
     prepare(Path(tempfile.mkdtemp(prefix="counterpoint-evidence-")))
     boot()
     laboratory = Laboratory(load_pack())
-    return models(), lambda _, arm, seed: laboratory.record(ARMS[arm], seed)
-
-
-def models() -> str:
-    """12 hex digits of the towers."""
-    digest = hashlib.sha256()
-    for part in ("text", "vision"):
-        digest.update((ROOT / "models" / f"pocket-{part}.safetensors").read_bytes())
-    return digest.hexdigest()[:12]
+    return models_hash(*TOWERS), lambda _, arm, seed: laboratory.record(ARMS[arm], seed)
 
 
 def by_steps(seeds: tuple[int, ...]) -> str:
@@ -324,7 +317,7 @@ class Laboratory:
         from counterpoint.training.prior.prior import load, to_bytes
         from counterpoint.training.prior.trainer import PriorTrainer, Settings
 
-        key = hashlib.sha256(f"{arm} {seed} {models()} {PAIRS} {BATCH}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{arm} {seed} {models_hash(*TOWERS)} {PAIRS} {BATCH}".encode()).hexdigest()[:16]
         file = self.folder / "networks" / f"{key}{artefact.SUFFIX}"
         if not file.exists():
             pairs, started = copy.copy(self.pairs), time.process_time()

@@ -188,11 +188,11 @@ def command(claim: Claim, argv: list[str], laboratory: Callable[[], tuple[str, C
     return 0 if whole else 1
 
 
-def models_hash() -> str:
-    """12 hex digits of the weights that ship, the judge's included."""
+def models_hash(*names: str) -> str:
+    """12 hex digits of weights that ship, by name under models/; of what paints, and of the judge, unless told."""
     import hashlib
 
     digest = hashlib.sha256()
-    for part in ("unet", "text", "vae", "judge"):
-        digest.update((ROOT / "models" / f"pocket-{part}.safetensors").read_bytes())
+    for name in names or ("pocket-unet", "pocket-text", "pocket-vae", "pocket-judge"):
+        digest.update((ROOT / "models" / f"{name}.safetensors").read_bytes())
     return digest.hexdigest()[:12]
