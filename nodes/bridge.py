@@ -15,6 +15,7 @@ import torch
 
 from ..training.embedding import ENCODER, Embedding, by_word, word_name
 from ..training.protocols import Conditioning, Vectors
+from ..training.saved_tensors import mutation_allowed
 
 TOKEN = "{token}"  # stands for the vectors in captions and templates
 TOKENS = re.compile(r"\{token(?::([A-Za-z0-9_-]+))?\}")  # {token:dog} stands for a second word, which starts as "dog"
@@ -27,7 +28,7 @@ def training_mode() -> Iterator[None]:
     For synchronous `execute` only: the flags belong to the thread.
     """
     before = comfy.model_management.in_training
-    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
+    with torch.inference_mode(False), torch.enable_grad(), mutation_allowed():
         comfy.model_management.in_training = True
         try:
             yield

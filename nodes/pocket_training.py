@@ -27,6 +27,7 @@ from ..training.loop import train
 from ..training.pocket import clip, grammar, instance, judge, painter, pictures, unet, vae, world
 from ..training.pocket.fit import Fit, in_shares, initialise, processes, rank
 from ..training.run import Run
+from ..training.saved_tensors import mutation_allowed
 from ..training.sheet import save_sheet
 from . import pocket_card, pocket_models, pocket_prior, train_embedding, training_job
 
@@ -191,7 +192,7 @@ def train_clip(folder: Path) -> None:
     pair = clip_pair(len(vocabulary.ids))
     fit(folder, "clip", Fit(pair, clip.pair_loss(pair, images, scenes, words, lengths, 40), steps=1_200, lr=1e-3, betas=(0.9, 0.98),
                             weight_decay=0.02, warmup=100, decay=1.0, ema=0.99,
-                            around=torch.autograd.graph.allow_mutation_on_saved_tensors), {"batch": 40})  # fmt: skip
+                            around=mutation_allowed), {"batch": 40})  # fmt: skip
     if rank() == 0:
         held_out, held_scenes = pictures.load(folder, "held out")
         seen = clip.accuracy(pair, held_out, held_scenes, *vocabulary.read(folder, "held out", held_scenes, variants=1))
@@ -220,7 +221,7 @@ def train_vision(folder: Path) -> None:
     sight = clip.Sight(pair.vision.requires_grad_(True))
     loss = clip.sight_loss(sight, images, scenes, texts.movedim(0, 1), 48)
     fit(folder, "vision", Fit(sight, loss, steps=VISION_STEPS, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, warmup=100, decay=0.8,
-                              ema=0.998, around=torch.autograd.graph.allow_mutation_on_saved_tensors), {"batch": 48})  # fmt: skip
+                              ema=0.998, around=mutation_allowed), {"batch": 48})  # fmt: skip
     if rank() == 0:
         ship("vision", half(sight.vision.state_dict()))
 

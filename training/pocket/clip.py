@@ -44,7 +44,7 @@ class Pair(nn.Module):
 def pair_loss(pair: Pair, images: torch.Tensor, scenes: Scenes, words: torch.Tensor, lengths: torch.Tensor, batch: int):
     """`words` (variants, n, 77) and `lengths` (variants, n): several captions of each picture.
 
-    ComfyUI's CLIP layers add in place: forward and backward belong under `allow_mutation_on_saved_tensors`.
+    ComfyUI's CLIP layers add in place: forward and backward belong under `saved_tensors.mutation_allowed`.
     """
 
     def loss(generator: torch.Generator, done: float):
