@@ -27,6 +27,20 @@ def test_no_tensor_is_taken_for_one_that_is_gone(pack):
     assert wrong(pack.training.saved_tensors.mutation_allowed) == 0
 
 
+def test_names_of_what_is_gone_are_dropped(pack, monkeypatch):
+    saved, seen = pack.training.saved_tensors, []
+    forget = saved._OfThoseAlive._forget
+
+    def counted(self, newest):
+        forget(self, newest)
+        seen.append(sum(map(len, self.kept.sid_to_tid.values())))
+
+    monkeypatch.setattr(saved, "FORGOTTEN_EVERY", 7)
+    monkeypatch.setattr(saved._OfThoseAlive, "_forget", counted)
+    assert wrong(saved.mutation_allowed) == 0
+    assert len(seen) >= 200 and max(seen) <= 20, "10 tensors are saved for one backward pass"
+
+
 def test_torchs_own_still_mistakes_them():
     """When this fails, torch has mended it, and ours can go."""
     assert wrong(torch.autograd.graph.allow_mutation_on_saved_tensors) > 0
