@@ -2,11 +2,13 @@
 
 import torch
 
+SIZES = 64, 1000, 100_000  # which of them come to lie where another lay is up to the allocator
 
-def wrong(allowed) -> int:
+
+def wrong(allowed, size: int = 1000) -> int:
     """In how many of 200 backward passes a gradient is not that of the values at the time: what is saved, changed and let go makes room
     for what is saved next."""
-    w, v = (torch.full((1000,), value, requires_grad=True) for value in (2.0, 5.0))
+    w, v = (torch.full((size,), value, requires_grad=True) for value in (2.0, 5.0))
 
     def changed_and_gone() -> torch.Tensor:
         a = w * 1
@@ -24,7 +26,7 @@ def wrong(allowed) -> int:
 
 
 def test_no_tensor_is_taken_for_one_that_is_gone(pack):
-    assert wrong(pack.training.saved_tensors.mutation_allowed) == 0
+    assert not any(wrong(pack.training.saved_tensors.mutation_allowed, size) for size in SIZES)
 
 
 def test_names_of_what_is_gone_are_dropped(pack, monkeypatch):
@@ -43,4 +45,4 @@ def test_names_of_what_is_gone_are_dropped(pack, monkeypatch):
 
 def test_torchs_own_still_mistakes_them():
     """When this fails, torch has mended it, and ours can go."""
-    assert wrong(torch.autograd.graph.allow_mutation_on_saved_tensors) > 0
+    assert any(wrong(torch.autograd.graph.allow_mutation_on_saved_tensors, size) for size in SIZES)
