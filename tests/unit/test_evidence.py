@@ -305,6 +305,8 @@ def test_what_the_readme_says_of_priors_comes_from_the_results(pack):
         ("(as fast as they: ", "last layer as fast", "whitened"),
     ):
         assert before + paired(pack, found, arm, minus, "frechet") in said
+    fresh = claims.records(prior.CLAIM, plan.conditions, prior.LAST_CHOSEN_BEFORE)
+    assert f"on three fresh ones: {paired(pack, fresh, 'last layer as fast', 'whitened', 'frechet')};" in said
     assert found["shift only"] == found["none"] and "the shift does nothing at all" in said
     whatever, collapsed = (mean(found[arm], "diversity", 3) for arm in ("paper", "none, as paper"))
     assert (
